@@ -1,0 +1,199 @@
+"""A checkpoint as planning sees it: its config, its tensors with their extents, its side files.
+
+Opening reads headers and JSON, never a tensor byte. The value is immutable and carries the stamp
+of every weight file, so that whoever reads the bytes later can tell whether they are still those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptd.checkpoint import header, index, layouts, sidefiles, weights
+from ckptd.checkpoint.header import FileStamp, StoredTensor
+from ckptd.checkpoint.listing import Listing, list_files
+from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFile:
+    """A file that travels with the weights: its name in the repo and where it lies."""
+
+    relpath: str
+    path: Path
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    `tensors` is in source order: shards by name, tensors by offset. `config` is config.json as it
+    is, `config_path` where it lies. `side_files` leaves config and weights out; `left_out` names
+    files that are neither weights, trainer state nor known to travel.
+    """
+
+    path: Path
+    name: str
+    layout: str
+    layout_reason: str
+    config: Mapping[str, Any]
+    config_path: Path
+    tensors: Mapping[str, StoredTensor]
+    stamps: Mapping[Path, FileStamp]
+    side_files: tuple[SideFile, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    step: int | None
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(tensor.extent.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    layout: str = "auto",
+    assets: Path | None = None,
+    name: str | None = None,
+    within: Path | None = None,
+) -> Checkpoint:
+    """Return the checkpoint in the folder at `path`.
+
+    `assets` is a folder that gives config.json and side files where the checkpoint lacks them;
+    `name` is the trainer's name of the folder where `path` is a pin of it. Links are followed to
+    targets inside `within`, by default the folder itself: only where a person named the folder
+    may they lead further (a model cache, whose snapshot links to its blobs).
+
+    Raises:
+        CheckpointIncomplete: no folder, no config, no weights, or shards are missing.
+        CheckpointCorrupt: a header, an index or config.json is wrong; names file and tensor.
+        CheckpointUnsupported: weights of a kind that is not read.
+    """
+    if not path.is_dir():
+        what = "a file; point at the folder that holds it" if path.exists() else "does not exist"
+        raise CheckpointIncomplete(what, path=path, hint="check the path of the checkpoint")
+    listing = list_files(path, within=within)
+    named = path if name is None else path.with_name(name)
+    chosen, reason = layouts.choose(named, listing, layout)
+    found = weights.find(path, listing)
+    config_path = _config_path(path, assets)
+    headers = [_read_header(path / shard) for shard in found.shards]
+    tensors = _tensors(path, headers, found.weight_map)
+    side_files, left_out = _side_files(path, listing, assets, within)
+    return Checkpoint(
+        path=path,
+        name=named.name,
+        layout=chosen.name,
+        layout_reason=reason,
+        config=index.read_json(config_path),
+        config_path=config_path,
+        tensors=tensors,
+        stamps={shard.path: shard.stamp for shard in headers},
+        side_files=side_files,
+        left_out=left_out,
+        notes=found.notes,
+        step=layouts.step_of(path, named.name),
+    )
+
+
+def check_unchanged(stamps: Mapping[Path, FileStamp]) -> str | None:
+    """Return what changed among the files of `stamps`, as text, or None if nothing did."""
+    for path, stamp in stamps.items():
+        try:
+            found = FileStamp.of(path.stat())
+        except OSError as error:
+            return f"{path}: {error.strerror}"
+        if found != stamp:
+            return f"{path}: expected {stamp}; found {found}"
+    return None
+
+
+def _read_header(path: Path) -> header.Header:
+    try:
+        return header.read(path)
+    except FileNotFoundError:
+        raise CheckpointIncomplete("vanished while it was opened", path=path) from None
+    except PermissionError:
+        raise CheckpointUnsupported(
+            "may not be read by this user",
+            path=path,
+            hint="safetensors 0.8 writes files of mode 0600: run ckptd as the training user",
+        ) from None
+
+
+def _config_path(path: Path, assets: Path | None) -> Path:
+    for folder in (path, assets):
+        if folder is not None and (folder / weights.CONFIG_NAME).is_file():
+            return folder / weights.CONFIG_NAME
+    raise CheckpointIncomplete(
+        f"{weights.CONFIG_NAME} is missing",
+        path=path,
+        hint="name a folder that has it with `assets:` in the definition (--assets on the "
+        "command line)",
+    )
+
+
+def _tensors(
+    path: Path, headers: list[header.Header], weight_map: Mapping[str, str] | None
+) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard in headers:
+        for tensor in shard.tensors:
+            name = tensor.spec.name
+            if name in tensors:
+                raise CheckpointCorrupt(
+                    "stands in two shards",
+                    path=path,
+                    tensor=name,
+                    expected=tensors[name].extent.path.name,
+                    found=f"also {shard.path.name}",
+                )
+            if weight_map is not None and weight_map.get(name) != shard.path.name:
+                raise CheckpointCorrupt(
+                    "the index and the shard disagree",
+                    path=shard.path,
+                    tensor=name,
+                    expected=f"in {weight_map.get(name, 'no shard')} as the index says",
+                    found=f"in {shard.path.name}",
+                )
+            tensors[name] = tensor
+    if weight_map is not None:
+        for name, shard_name in weight_map.items():
+            if name not in tensors:
+                raise CheckpointCorrupt(
+                    "the index names it, its shard does not hold it",
+                    path=path / shard_name,
+                    tensor=name,
+                )
+    if not tensors:
+        raise CheckpointCorrupt("holds no tensors", path=path)
+    return tensors
+
+
+def _side_files(
+    path: Path, listing: Listing, assets: Path | None, within: Path | None
+) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
+    chosen: dict[str, SideFile] = {}
+    left_out = []
+    for file in listing.files:
+        fate = sidefiles.fate(file.relpath)
+        if fate is sidefiles.Fate.UNKNOWN and not file.relpath.startswith("."):
+            left_out.append(file.relpath)
+        if fate is sidefiles.Fate.TRAVELS and file.relpath != weights.CONFIG_NAME:
+            chosen[file.relpath] = SideFile(
+                relpath=file.relpath, path=path / file.relpath, nbytes=file.size
+            )
+    if assets is not None:
+        for file in list_files(assets, within=within).files:
+            if file.relpath in chosen or file.relpath == weights.CONFIG_NAME:
+                continue
+            if sidefiles.fate(file.relpath) is sidefiles.Fate.TRAVELS:
+                chosen[file.relpath] = SideFile(
+                    relpath=file.relpath, path=assets / file.relpath, nbytes=file.size
+                )
+    return tuple(chosen[name] for name in sorted(chosen)), tuple(sorted(left_out))

@@ -1,0 +1,91 @@
+"""The index of a sharded checkpoint: which shard holds which tensor.
+
+`model.safetensors.index.json` is `{"metadata": {...}, "weight_map": {tensor name: file name}}`.
+Names of shards must be plain file names beside the index: an index that points anywhere else is
+refused, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ckptd.errors import CheckpointCorrupt
+
+MAX_JSON_BYTES = 200_000_000
+"""An index of a million tensors is some 100 MB; anything larger is refused before it is parsed."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in the file at `path`.
+
+    Raises:
+        CheckpointCorrupt: too large, not UTF-8, not JSON, not an object, or a key stands twice.
+        OSError: the file cannot be read.
+    """
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointCorrupt(
+            "too large", path=path, expected=f"at most {MAX_JSON_BYTES} bytes", found=f"{size}"
+        )
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(items)
+        if len(entries) != len(items):
+            raise CheckpointCorrupt("a key stands twice in one object", path=path)
+        return entries
+
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorrupt(
+            f"not JSON: {error}", path=path, hint="save it again, or take it from the base model"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointCorrupt(
+            "not a JSON object", path=path, expected="an object", found=type(value).__name__
+        )
+    return value
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Return tensor name -> shard file name, as the index at `path` says.
+
+    Raises:
+        CheckpointCorrupt: no weight_map, or a shard name that is not a plain file name.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointCorrupt(
+            "the index has no weight_map", path=path, expected="an object of tensor -> shard"
+        )
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise CheckpointCorrupt(
+                "its shard is not a file name beside the index",
+                path=path,
+                tensor=tensor,
+                found=repr(shard)[:120],
+                hint="paths that leave the folder are never followed",
+            )
+    return weight_map
+
+
+def encode(weight_map: Mapping[str, str], *, total_size: int, total_parameters: int) -> bytes:
+    """Return the bytes of an index file: sorted, indented by two, with a final newline."""
+    value = {
+        "metadata": {"total_parameters": total_parameters, "total_size": total_size},
+        "weight_map": dict(weight_map),
+    }
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _is_plain_name(name: str) -> bool:
+    return (
+        bool(name)
+        and name not in {".", ".."}
+        and not any(c in name for c in ("/", "\\", "\0"))
+        and name.endswith(".safetensors")
+    )

@@ -1,0 +1,135 @@
+"""Which files of a folder are its weights: one file, a set with an index, or something refused.
+
+A folder may hold leftovers of an earlier save beside the current one (a stale index beside a new
+single file, old shards beside a new index). Readers that take the first name they know load the
+stale ones silently; here the newer of the two wins, and a tie is refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd.checkpoint import index
+from ckptd.checkpoint.listing import Listing
+from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+_VARIANT = re.compile(r"^model\.[^.]+(-\d{5}-of-\d{5})?\.safetensors$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFiles:
+    """The weight files of a checkpoint.
+
+    `weight_map` is tensor -> shard name for an indexed set, None for the single file; `notes` says
+    what was found beside them and left alone.
+    """
+
+    shards: tuple[str, ...]
+    weight_map: Mapping[str, str] | None
+    notes: tuple[str, ...] = ()
+
+
+def find(path: Path, listing: Listing) -> WeightFiles:
+    """Return the weight files of the folder at `path`, whose files are `listing`.
+
+    Raises:
+        CheckpointIncomplete: no weights, or the index names shards that are not there.
+        CheckpointUnsupported: weights of a kind this version does not read.
+        CheckpointCorrupt: a broken index, or two sets of weights of the same age.
+    """
+    ages = {file.relpath: file.mtime_ns for file in listing.files}
+    if SINGLE_NAME not in ages and INDEX_NAME not in ages:
+        raise _no_weights(path, listing)
+    if INDEX_NAME not in ages:
+        return WeightFiles(shards=(SINGLE_NAME,), weight_map=None)
+    if SINGLE_NAME not in ages:
+        return _indexed(path, ages)
+    return _newer(path, ages)
+
+
+def _newer(path: Path, ages: Mapping[str, int]) -> WeightFiles:
+    single = WeightFiles(
+        shards=(SINGLE_NAME,),
+        weight_map=None,
+        notes=(f"{INDEX_NAME} is left over from an earlier save and was ignored",),
+    )
+    try:
+        indexed = _indexed(path, ages)
+    except CheckpointIncomplete:
+        return single
+    if indexed.shards == (SINGLE_NAME,):
+        return indexed
+    if ages[SINGLE_NAME] == ages[INDEX_NAME]:
+        raise CheckpointCorrupt(
+            f"holds both {SINGLE_NAME} and a whole set of shards of the same age",
+            path=path,
+            hint="remove the set that is left over from an earlier save",
+        )
+    if ages[SINGLE_NAME] > ages[INDEX_NAME]:
+        return single
+    note = f"{SINGLE_NAME} is older than the index and was ignored"
+    return WeightFiles(shards=indexed.shards, weight_map=indexed.weight_map, notes=(note,))
+
+
+def _indexed(path: Path, ages: Mapping[str, int]) -> WeightFiles:
+    weight_map = index.read_weight_map(path / INDEX_NAME)
+    shards = tuple(sorted(set(weight_map.values())))
+    absent = [shard for shard in shards if shard not in ages]
+    if absent:
+        tensor = next(name for name, shard in weight_map.items() if shard == absent[0])
+        raise CheckpointIncomplete(
+            f"the index names shards that are not there: {', '.join(absent[:5])}",
+            path=path / INDEX_NAME,
+            tensor=tensor,
+            expected=f"{len(shards)} shards",
+            found=f"{len(shards) - len(absent)}",
+            hint="wait for the save to end, or copy the missing shards",
+        )
+    return WeightFiles(shards=shards, weight_map=weight_map)
+
+
+def _no_weights(path: Path, listing: Listing) -> CheckpointIncomplete | CheckpointUnsupported:
+    names = [file.relpath for file in listing.files]
+
+    def first(*patterns: str) -> str | None:
+        hits = (n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns))
+        return next(hits, None)
+
+    if found := first("adapter_model.safetensors", "adapter_model.bin"):
+        return CheckpointUnsupported(
+            "an adapter without its base model",
+            path=path / found,
+            hint="merge it into the base model and save that",
+        )
+    if found := first("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.ckpt", "*.pt"):
+        return CheckpointUnsupported(
+            "pickled weights are not read",
+            path=path / found,
+            hint="save as safetensors (the default of save_pretrained)",
+        )
+    if found := first("*.distcp", ".metadata", "*/*.distcp", "*/.metadata"):
+        return CheckpointUnsupported(
+            "a distributed checkpoint is not read",
+            path=path / found,
+            hint="save a full state dict as safetensors",
+        )
+    if found := next((n for n in names if _VARIANT.match(n)), None):
+        return CheckpointUnsupported(
+            "only weights of a named variant are there",
+            path=path / found,
+            hint=f"save them under the plain name {SINGLE_NAME}",
+        )
+    return CheckpointIncomplete(
+        "no weights",
+        path=path,
+        expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+        found=", ".join(sorted(names)[:6]) or "an empty folder",
+        hint="point at a folder written by save_pretrained or a Trainer",
+    )

@@ -1,0 +1,351 @@
+"""The Hub as ckptd sees it: one awaitable call per thing a push needs, our values, our errors.
+
+A thin adapter around `huggingface_hub.HfApi` for model repos. Each method is one attempt of one
+call in a worker thread: it does not retry, decide or remember; `publisher` does. What the client
+raises leaves as `errors.HubError` (see `translate`).
+
+Cancellation: a call cannot be taken out of its thread, so a cancelled one is abandoned: the await
+ends at once, the thread goes on until its answer or its timeout, and holds its place in the limiter
+for as long. An abandoned write may still happen on the Hub; publishing is idempotent for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import anyio
+import anyio.to_thread
+from huggingface_hub import HfApi, get_session
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._http import hf_raise_for_status
+from huggingface_hub.utils._pagination import paginate
+
+from ckptd import __version__, errors
+from ckptd.hub import ledger, push, session, transfer, translate
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Whose token it is; `role` is `read`, `write`, `fineGrained`, or empty where unknown."""
+
+    name: str
+    role: str
+    token_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """One commit of a revision; `text` is its title and description."""
+
+    oid: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullRequest:
+    """One pull request; `text` is its first comment where details were asked for, else empty."""
+
+    num: int
+    title: str
+    author: str
+    status: str
+    """`draft`, `open`, `closed` or `merged`."""
+    text: str = ""
+
+    @property
+    def revision(self) -> str:
+        """The ref that holds its commits."""
+        return f"refs/pr/{self.num}"
+
+
+def configure(timeouts: session.Timeouts | None = None) -> None:
+    """Set up huggingface_hub for this process (see `session`); `HubClient` calls it."""
+    session.configure(timeouts)
+
+
+class HubClient:
+    """Calls to one Hub with one token, safe to share between the pushes of a process.
+
+    Args:
+        endpoint: base URL; None takes HF_ENDPOINT or the public Hub.
+        token: None takes HF_TOKEN or the stored login.
+        max_uploads: files on their way at the same time.
+        timeouts: per socket operation; they hold for the whole process.
+    """
+
+    def __init__(
+        self,
+        *,
+        endpoint: str | None = None,
+        token: str | None = None,
+        max_uploads: int = 4,
+        timeouts: session.Timeouts | None = None,
+    ) -> None:
+        configure(timeouts)
+        base = endpoint.rstrip("/") if endpoint else None
+        self._api = HfApi(
+            endpoint=base, token=token, library_name="ckptd", library_version=__version__
+        )
+        self.endpoint: str = self._api.endpoint
+        self.uploads = anyio.CapacityLimiter(max_uploads)
+        """Threads that send file content."""
+        self.calls = anyio.CapacityLimiter(8)
+        """Threads for everything else, so that short calls never wait behind an upload."""
+
+    async def whoami(self) -> Account:
+        """Return the account behind the token (asked once per client)."""
+        answer: Mapping[str, Any] = await self._call(
+            "checking the token", lambda: self._api.whoami(cache=True)
+        )
+        token = (answer.get("auth") or {}).get("accessToken") or {}
+        return Account(
+            name=str(answer.get("name", "")),
+            role=str(token.get("role") or ""),
+            token_name=str(token.get("displayName") or ""),
+        )
+
+    async def is_private(self, repo_id: str) -> bool:
+        """Return the repo's visibility. Raises errors.HubNotFound when there is no such repo."""
+        info = await self._call(
+            "looking up the repo", lambda: self._api.repo_info(repo_id), repo_id=repo_id
+        )
+        return bool(info.private)
+
+    async def create_repo(self, repo_id: str, *, private: bool | None) -> None:
+        """Make a model repo. Raises errors.HubConflict when it exists or is just being made."""
+        await self._call(
+            "creating the repo",
+            lambda: self._api.create_repo(repo_id, private=private, repo_type="model"),
+            repo_id=repo_id,
+        )
+
+    async def head(self, repo_id: str, revision: str) -> str | None:
+        """Return the commit `revision` points to; None for an empty repo."""
+        info = await self._call(
+            f"looking up revision {revision}",
+            lambda: self._api.repo_info(repo_id, revision=revision),
+            repo_id=repo_id,
+        )
+        return info.sha
+
+    async def create_branch(self, repo_id: str, branch: str, *, at: str | None) -> None:
+        """Make a branch at a commit. Raises errors.HubConflict when it exists."""
+        await self._call(
+            f"creating branch {branch}",
+            lambda: self._api.create_branch(repo_id, branch=branch, revision=at),
+            repo_id=repo_id,
+        )
+
+    async def tree(self, repo_id: str, revision: str) -> dict[str, ledger.RemoteFile]:
+        """Return every file of a revision by path."""
+        return await self._call(
+            f"listing the files of {revision}",
+            lambda: {
+                item.path: ledger.RemoteFile(
+                    path_in_repo=item.path,
+                    nbytes=item.size,
+                    blob_id=item.blob_id,
+                    sha256=item.lfs.sha256 if item.lfs is not None else None,
+                )
+                for item in self._api.list_repo_tree(repo_id, recursive=True, revision=revision)
+                if isinstance(item, RepoFile)
+            },
+            repo_id=repo_id,
+        )
+
+    async def read(self, repo_id: str, revision: str, path_in_repo: str) -> bytes:
+        """Return the content of a small file. Raises errors.HubNotFound when it is absent."""
+        url = f"{self.endpoint}/{repo_id}/resolve/{quote(revision, safe='')}/{quote(path_in_repo)}"
+        return await self._call(
+            f"reading {path_in_repo} of {revision}",
+            lambda: bytes(self._get(url).content),
+            repo_id=repo_id,
+        )
+
+    async def validate_card(self, repo_id: str, text: str) -> None:
+        """Let the Hub check a model card. Raises errors.HubRejected with what it does not like."""
+
+        def check() -> None:
+            response = get_session().post(
+                f"{self.endpoint}/api/validate-yaml",
+                json={"content": text, "repoType": "model"},
+                headers=self._headers(),
+            )
+            hf_raise_for_status(response)
+
+        await self._call("checking README.md", check, repo_id=repo_id)
+
+    async def serves_xet(self, repo_id: str, revision: str, *, create_pr: bool) -> bool:
+        """Say whether this Hub gives Xet upload tokens for the revision; False on 404.
+
+        Raises:
+            errors.HubForbidden: the token may not write there: known before anything is uploaded.
+        """
+        where = "None?create_pr=1" if create_pr else quote(revision, safe="")
+        url = f"{self.endpoint}/api/models/{repo_id}/xet-write-token/{where}"
+        try:
+            await self._call("asking for an upload token", lambda: self._get(url), repo_id=repo_id)
+        except errors.HubNotFound:
+            return False
+        return True
+
+    async def upload(
+        self,
+        files: Sequence[push.LocalFile],
+        *,
+        repo_id: str,
+        revision: str,
+        create_pr: bool,
+        meter: session.Meter = lambda _: None,
+    ) -> list[ledger.Record]:
+        """Upload the large ones of `files`, read the small ones, and return a record of each.
+
+        Safe to repeat: what the Hub has is not sent again, and a known sha256 is not computed
+        again. `meter` is called from the worker thread.
+
+        Raises:
+            errors.SourceChanged: a file is not, or did not stay, what its `LocalFile` says.
+            errors.HubError: the upload failed.
+        """
+        names = files[0].path_in_repo if len(files) == 1 else f"{len(files)} files"
+
+        def send() -> list[ledger.Record]:
+            with session.metered(meter):
+                return transfer.preupload(
+                    self._api, files, repo_id=repo_id, revision=revision, create_pr=create_pr
+                )
+
+        what = f"uploading {names} to {revision}"
+        return await self._call(what, send, repo_id=repo_id, limiter=self.uploads)
+
+    async def commit(
+        self,
+        records: Sequence[ledger.Record],
+        *,
+        deleted: Sequence[str],
+        repo_id: str,
+        revision: str,
+        parent: str | None,
+        title: str,
+        description: str,
+    ) -> str:
+        """Make one commit of uploaded files on top of `parent` and return its oid.
+
+        Raises:
+            errors.HubConflict: `parent` is not the head any more.
+            errors.HubUnavailable: no clear answer: the commit may have been made or not.
+        """
+        info = await self._call(
+            f"committing to {revision}",
+            lambda: self._api.create_commit(
+                repo_id,
+                transfer.operations(records, deleted),
+                commit_message=title,
+                commit_description=description,
+                revision=revision,
+                parent_commit=parent,
+            ),
+            repo_id=repo_id,
+        )
+        return info.oid
+
+    async def commits(self, repo_id: str, revision: str, *, limit: int) -> list[Commit]:
+        """Return the newest commits of a revision, newest first, `limit` at most."""
+        url = f"{self.endpoint}/api/models/{repo_id}/commits/{quote(revision, safe='')}"
+        return await self._call(
+            f"listing the commits of {revision}",
+            lambda: [
+                Commit(oid=item["id"], text=f"{item['title']}\n{item['message']}")
+                for item in islice(paginate(url, params={}, headers=self._headers()), limit)
+            ],
+            repo_id=repo_id,
+        )
+
+    async def pull_requests(self, repo_id: str, *, limit: int) -> list[PullRequest]:
+        """Return the pull requests as the Hub lists them, newest first, `limit` at most."""
+        return await self._call(
+            "listing pull requests",
+            lambda: [
+                PullRequest(num=pr.num, title=pr.title, author=pr.author, status=pr.status)
+                for pr in islice(
+                    self._api.get_repo_discussions(repo_id, discussion_type="pull_request"), limit
+                )
+            ],
+            repo_id=repo_id,
+        )
+
+    async def pull_request(self, repo_id: str, num: int) -> PullRequest:
+        """Return one pull request with its first comment."""
+        found = await self._call(
+            f"reading pull request #{num}",
+            lambda: self._api.get_discussion_details(repo_id, num),
+            repo_id=repo_id,
+        )
+        comments = [str(getattr(event, "content", "")) for event in found.events]
+        text = next((comment for comment in comments if comment), "")
+        return PullRequest(
+            num=found.num, title=found.title, author=found.author, status=found.status, text=text
+        )
+
+    async def create_pull_request(self, repo_id: str, *, title: str, description: str) -> int:
+        """Make a draft pull request against main and return its number."""
+        made = await self._call(
+            "creating a pull request",
+            lambda: self._api.create_pull_request(repo_id, title, description=description),
+            repo_id=repo_id,
+        )
+        return made.num
+
+    async def open_pull_request(self, repo_id: str, num: int) -> None:
+        """Turn a draft into an open pull request."""
+        await self._call(
+            f"opening pull request #{num}",
+            lambda: self._api.change_discussion_status(repo_id, num, "open"),
+            repo_id=repo_id,
+        )
+
+    async def tags(self, repo_id: str) -> dict[str, str]:
+        """Return the git tags of the repo and the commits they point to."""
+        refs = await self._call(
+            "listing tags", lambda: self._api.list_repo_refs(repo_id), repo_id=repo_id
+        )
+        return {tag.name: tag.target_commit for tag in refs.tags}
+
+    async def create_tag(self, repo_id: str, tag: str, *, at: str) -> None:
+        """Put a git tag on a commit. Raises errors.HubConflict when the name is taken."""
+        await self._call(
+            f"creating tag {tag}",
+            lambda: self._api.create_tag(repo_id, tag=tag, revision=at),
+            repo_id=repo_id,
+        )
+
+    async def _call(
+        self,
+        what: str,
+        call: Callable[[], T],
+        *,
+        repo_id: str | None = None,
+        limiter: anyio.CapacityLimiter | None = None,
+    ) -> T:
+        """Run a blocking client call in a worker thread, with its errors translated."""
+
+        def run() -> T:
+            with translate.translated(what, repo_id=repo_id):
+                return call()
+
+        limiter = limiter if limiter is not None else self.calls
+        return await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=True)
+
+    def _headers(self) -> dict[str, str]:
+        return self._api._build_hf_headers()  # noqa: SLF001 - the one way to the caller's token
+
+    def _get(self, url: str) -> Any:
+        response = get_session().get(url, headers=self._headers())
+        hf_raise_for_status(response)
+        return response

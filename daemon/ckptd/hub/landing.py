@@ -1,0 +1,197 @@
+"""Exactly one commit of a push on one ref, whatever is lost, repeated or overtaken on the way.
+
+A commit request can fail after the commit was made, and another writer can be faster. So every
+commit names its parent, which lets one of two win; its description carries the push id, so that a
+commit whose answer was lost, or that an earlier life of this process made, is found instead of made
+again; and what happens to the ref between two tries is read again before each of them.
+
+Decision after a failure: own push id above the parent = it landed; head moved = commit again on the
+new head (stale files and card read anew, foreign files kept); neither = wait and repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from ckptd import errors
+from ckptd.hub import attempts, ledger, push, translate
+from ckptd.hub.client import HubClient
+
+SEARCHED_COMMITS = 200
+"""How far back an earlier life's commit is looked for."""
+MOST_REBASES = 10
+MOST_RESENDS = 2
+"""The first resend of collected uploads goes the usual way, the second one over LFS."""
+
+CardFor = Callable[[str | None], Awaitable[ledger.Record | None]]
+"""Returns the card to commit on top of the given head, or None where it needs no change."""
+SendAgain = Callable[[int], Awaitable[list[ledger.Record]]]
+"""Uploads the push's files once more from disk; is told which resend it is, from 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landed:
+    """The commit that holds the push, and whether this call made it."""
+
+    oid: str
+    created: bool
+    records: tuple[ledger.Record, ...]
+    """What must be found in it."""
+    deleted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """The state of a ref, and what a commit on top of it would change."""
+
+    head: str | None
+    records: tuple[ledger.Record, ...]
+    deleted: tuple[str, ...]
+    is_same: bool
+    """The ref holds exactly the push already: a commit would be empty."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lander:
+    """Makes and finds the commit of one push."""
+
+    hub: HubClient
+    target: push.Target
+    push_id: str
+    attempts: attempts.Attempts
+
+    async def find(
+        self, revision: str, *, limit: int = SEARCHED_COMMITS, parent: str | None = None
+    ) -> str | None:
+        """Return the commit on `revision` that carries our push id, looking no further than `parent`."""
+        commits = await self.attempts.run(
+            lambda: self.hub.commits(self.target.repo_id, revision, limit=limit)
+        )
+        for commit in commits:
+            if commit.oid == parent:
+                return None
+            if push.carries(commit.text, self.push_id):
+                return commit.oid
+        return None
+
+    async def base(
+        self, revision: str, records: Sequence[ledger.Record], card_for: CardFor
+    ) -> Base:
+        """Read the ref and return what a commit of `records` on top of it would be."""
+        repo_id = self.target.repo_id
+        head = await self.attempts.run(lambda: self.hub.head(repo_id, revision))
+        tree = {} if head is None else await self.attempts.run(lambda: self.hub.tree(repo_id, head))
+        card = await card_for(head)
+        deleted = ledger.stale_weights(records, tree)
+        is_same = card is None and not deleted and not ledger.differences(records, tree)
+        return Base(
+            head=head,
+            records=(*records, card) if card is not None else tuple(records),
+            deleted=tuple(deleted),
+            is_same=is_same and head is not None,
+        )
+
+    async def land(
+        self,
+        revision: str,
+        records: Sequence[ledger.Record],
+        *,
+        card_for: CardFor,
+        send_again: SendAgain,
+    ) -> Landed:
+        """Return the one commit of this push on `revision`, making it unless it exists.
+
+        Safe to call again after any failure and after a kill.
+
+        Raises:
+            errors.HubConflict: others kept committing faster than we could.
+            errors.HubUnavailable: patience is used up.
+            errors.HubRejected: the Hub refuses the commit for good.
+        """
+        found = await self.find(revision)
+        if found is not None:
+            large = tuple(record for record in records if record.content is None)
+            return Landed(oid=found, created=False, records=large)
+        tries, rebases, resends = self.attempts.tries(), 0, 0
+        while True:
+            base = await self.base(revision, records, card_for)
+            if base.is_same and base.head is not None:
+                return Landed(oid=base.head, created=False, records=base.records)
+            try:
+                return self._landed(await self._commit(revision, base), base)
+            except errors.HubRejected as error:
+                found = await self._despite(error, revision, base)
+                if found is not None:
+                    return self._landed(found, base)
+                if not translate.is_lost_upload(error) or resends >= MOST_RESENDS:
+                    raise
+                resends += 1
+                records = await send_again(resends)
+                continue
+            except (errors.HubConflict, errors.HubUnavailable) as error:
+                failure = error
+            found = await self.find(revision, parent=base.head)
+            if found is not None:
+                return self._landed(found, base)
+            head = await self.attempts.run(lambda: self.hub.head(self.target.repo_id, revision))
+            if head != base.head:
+                rebases += 1
+                self._refuse_endless(revision, rebases, failure)
+                if isinstance(failure, errors.HubConflict):
+                    continue
+            await tries.pause(failure)
+
+    async def verify(self, landed: Landed) -> None:
+        """Compare the commit's tree with what was sent: names, sizes, sha256 or git blob ids.
+
+        Raises:
+            errors.CheckFailed: names the first file that differs.
+        """
+        tree = await self.attempts.run(
+            lambda: self.hub.tree(self.target.repo_id, landed.oid), absent_ok=True
+        )
+        wrong = ledger.differences(landed.records, tree)
+        wrong += [f"{path} is still there" for path in landed.deleted if path in tree]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise errors.CheckFailed(
+                f"{self.target.repo_id}@{landed.oid[:12]}: {wrong[0]}{more}",
+                check="verify",
+                hint="the commit is on the Hub but not what was sent: do not use it",
+            )
+        self._tell(push.Happening.VERIFIED, landed.oid)
+
+    async def _commit(self, revision: str, base: Base) -> str:
+        return await self.hub.commit(
+            base.records,
+            deleted=base.deleted,
+            repo_id=self.target.repo_id,
+            revision=revision,
+            parent=base.head,
+            title=push.title(self.target),
+            description=push.description(self.target, self.push_id),
+        )
+
+    async def _despite(self, error: errors.HubRejected, revision: str, base: Base) -> str | None:
+        """Return our commit where only the client's reading of the answer failed (no status)."""
+        if error.status is not None:
+            return None
+        return await self.find(revision, parent=base.head)
+
+    def _landed(self, oid: str, base: Base) -> Landed:
+        self._tell(push.Happening.COMMITTED, oid)
+        return Landed(oid=oid, created=True, records=base.records, deleted=base.deleted)
+
+    def _refuse_endless(self, revision: str, rebases: int, failure: errors.HubError) -> None:
+        if rebases > MOST_REBASES:
+            raise errors.HubConflict(
+                f"{revision} moved {rebases} times while ckptd tried to commit to it",
+                repo_id=self.target.repo_id,
+                hint="other writers are faster; give this pipeline a revision of its own",
+            ) from failure
+        text = f"{revision} was moved by somebody else; committing on top of it"
+        self.attempts.report(push.HubEvent(happening=push.Happening.REBASED, text=text))
+
+    def _tell(self, happening: push.Happening, oid: str) -> None:
+        self.attempts.report(push.HubEvent(happening=happening, commit=oid))

@@ -1,0 +1,73 @@
+"""The Hub as an ASGI application."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ckptd.hub.local import accounts, refusal, wire
+from ckptd.hub.local.accounts import Account
+from ckptd.hub.local.blobs import write_durably
+from ckptd.hub.local.options import Choices, Hub
+from ckptd.hub.local.routes import account, discussions, downloads, files, refs, repos, uploads
+from ckptd.hub.local.store import Store
+from ckptd.hub.local.traffic import FaultHook, Ledger, Traffic
+from ckptd.hub.local.xet import XetFolder
+
+ROOMS = (account, repos, files, refs, discussions, uploads, downloads)
+"""Modules with routes, in the order in which they are tried."""
+
+
+def create_app(
+    store: Store,
+    *,
+    tokens: Mapping[str, Account] | None = None,
+    choices: Choices | None = None,
+    ledger: Ledger | None = None,
+    faults: FaultHook | None = None,
+) -> Traffic:
+    """Return an app that serves `store`; the caller closes the store after it.
+
+    Args:
+        store: the repos.
+        tokens: token -> account; None takes those kept in the store's folder.
+        choices: what the owner may choose; None takes the defaults.
+        ledger: gets an entry for each request.
+        faults: asked before each request, see `traffic`; also the result's attribute `faults`.
+    """
+    choices = choices or Choices()
+    hub = Hub(
+        store=store,
+        accounts=accounts.open_accounts(store.root, tokens),
+        secret=_secret(store),
+        xet=XetFolder(store.root / "xet") if choices.xet else None,
+        choices=choices,
+    )
+    app = Starlette(
+        routes=[route for room in ROOMS for route in room.routes(hub)],
+        exception_handlers={HTTPException: _not_found},
+    )
+    app.router.redirect_slashes = False
+    return Traffic(app, ledger=ledger if ledger is not None else Ledger(), faults=faults)
+
+
+def _not_found(_: Request, exc: Exception) -> Response:
+    status = exc.status_code if isinstance(exc, HTTPException) else 500
+    text = {404: "No such page", 405: "Method not allowed"}.get(status, "Error")
+    return wire.refused_answer(refusal.Refused(status, text))
+
+
+def _secret(store: Store) -> bytes:
+    """Return the key that signs upload links, made on the first start."""
+    path = store.root / "secret"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        fresh = secrets.token_bytes(32)
+    write_durably(path, fresh, mode=0o600)
+    return fresh

@@ -1,0 +1,293 @@
+"""A push from finished files to one verified commit: the order of things.
+
+`open` checks everything that can be checked before the first byte is sent; `upload` takes each file
+as it is finished, several at once; `commit` makes the one commit (or draft, commit, open for a pull
+request), compares the Hub's tree with what was sent, and tags it.
+
+Promises: one commit per push id, however often and wherever it is killed and run again; exactly the
+given files are added, and of the others only stale weights are deleted (`ledger` has the rule); the
+card keeps its body; a git tag points at this commit or the push fails. Files must stay on disk,
+unchanged, until `commit` has returned.
+
+Needs anyio and nothing of the daemon; synchronous code enters through a blocking portal.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import anyio
+
+from ckptd import errors
+from ckptd.aio import backoff
+from ckptd.hub import attempts, landing, ledger, preflight, pull_request, push, session, translate
+from ckptd.hub.client import HubClient
+from ckptd.hub.push import Happening, HubEvent, LocalFile, Publication, Target
+
+__all__ = ["Happening", "HubEvent", "LocalFile", "Publication", "Publisher", "Target"]
+
+SMALL_BYTES = 512 * 1024
+"""Files below this, weights aside, wait for the commit and are asked about in one request."""
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+PROGRESS_EVERY_S = 0.25
+
+
+class Publisher:
+    """One push of one checkpoint to one target.
+
+    Args:
+        target: where to, with every placeholder resolved.
+        push_id: see `push.push_id`; the same id never makes a second commit.
+        hub: may be shared with other publishers.
+        report: is told what happens; called from the event loop only, and must not block.
+        patience: how often and how long failures that may pass are retried.
+        clock: the time of the waits.
+    """
+
+    def __init__(
+        self,
+        *,
+        target: Target,
+        push_id: str,
+        hub: HubClient,
+        report: attempts.Report = lambda _: None,
+        patience: backoff.Backoff | None = None,
+        clock: backoff.Time = backoff.REAL_TIME,
+    ) -> None:
+        self._target = target
+        self._push_id = push_id
+        self._hub = hub
+        self._report = report
+        self._attempts = attempts.Attempts(
+            report=report, patience=patience or backoff.Backoff(), clock=clock
+        )
+        self._checks = preflight.Preflight(
+            hub=hub, target=target, push_id=push_id, attempts=self._attempts
+        )
+        self._lander = landing.Lander(
+            hub=hub, target=target, push_id=push_id, attempts=self._attempts
+        )
+        self._revision = target.revision or push.MAIN
+        self._account = ""
+        self._records: dict[LocalFile, ledger.Record] = {}
+
+    async def open(self) -> None:
+        """Check token, names, repo, revision, tag and card; make the repo and the branch if absent.
+
+        Raises:
+            errors.HubUnauthorized, errors.HubForbidden: the token; nothing was changed or sent.
+            errors.HubRejected: the target cannot be published to as it is; the text says why.
+        """
+        self._account = await self._checks.run()
+        if session.uses_xet() and not await self._attempts.run(
+            lambda: self._hub.serves_xet(
+                self._target.repo_id, self._revision, create_pr=self._target.create_pr
+            )
+        ):
+            self._drop_xet("this Hub does not serve Xet")
+
+    async def upload(self, file: LocalFile) -> None:
+        """Send one finished file ahead of the commit; returns when the Hub has it.
+
+        Safe to call concurrently (the client's limiter decides how many are sent at once) and again
+        after a restart: what the Hub has is not sent twice. Small files wait for the commit.
+
+        Raises:
+            errors.SourceChanged: the file was touched; nothing of it will be committed.
+            errors.HubError: see `translate`; `HubUnavailable` after the retries.
+        """
+        if not _is_small(file) and file not in self._records:
+            self._records[file] = await self._send(file)
+
+    async def commit(self, files: Sequence[LocalFile]) -> Publication:
+        """Make the one commit of exactly `files` and return it, verified and tagged.
+
+        Files that were not uploaded yet are. With `create_pr`, a revision that already holds
+        exactly these files gets no pull request. Safe to call again after any failure.
+
+        Raises:
+            errors.CheckFailed: the commit is not what was sent.
+            errors.HubRejected: the git tag exists elsewhere, or the Hub refuses for good.
+            errors.HubConflict, errors.HubUnavailable: not now; nothing half-published.
+        """
+        self._checks.take_local_card(files)
+        files = [file for file in files if not preflight.is_card(file)]
+        records = await self._gather(files)
+        if not self._target.create_pr:
+            return await self._publish(self._revision, files, records)
+        base = await self._lander.base(self._revision, records, self._checks.card_for)
+        if base.is_same and base.head is not None:
+            landed = landing.Landed(oid=base.head, created=False, records=base.records)
+            return await self._finish(self._revision, landed)
+        draft = pull_request.Draft(
+            hub=self._hub,
+            target=self._target,
+            push_id=self._push_id,
+            account=self._account,
+            attempts=self._attempts,
+        )
+        found = await draft.ensure()
+        return await self._publish(found.revision, files, records, draft=draft, pr_num=found.num)
+
+    async def _publish(
+        self,
+        revision: str,
+        files: Sequence[LocalFile],
+        records: Sequence[ledger.Record],
+        *,
+        draft: pull_request.Draft | None = None,
+        pr_num: int | None = None,
+    ) -> Publication:
+        """Commit to a ref, verify, open the pull request, tag."""
+
+        async def send_again(resend: int) -> list[ledger.Record]:
+            if resend > 1 and session.uses_xet():
+                self._drop_xet("the Xet storage does not keep what it confirmed")
+            self._records.clear()
+            return await self._gather(files)
+
+        landed = await self._lander.land(
+            revision, records, card_for=self._checks.card_for, send_again=send_again
+        )
+        await self._lander.verify(landed)
+        if draft is not None and pr_num is not None:
+            await draft.open(pr_num)
+        return await self._finish(revision, landed, pr_num=pr_num)
+
+    async def _finish(
+        self, revision: str, landed: landing.Landed, *, pr_num: int | None = None
+    ) -> Publication:
+        repo_id, tag = self._target.repo_id, self._target.git_tag
+        if tag is not None:
+            await self._checks.tag(tag, landed.oid)
+        base = f"{self._hub.endpoint}/{repo_id}"
+        return Publication(
+            repo_id=repo_id,
+            revision=revision,
+            commit=landed.oid,
+            commit_url=f"{base}/commit/{landed.oid}",
+            pr_num=pr_num,
+            pr_url=f"{base}/discussions/{pr_num}" if pr_num is not None else None,
+            git_tag=tag,
+            created=landed.created,
+        )
+
+    async def _gather(self, files: Sequence[LocalFile]) -> list[ledger.Record]:
+        """Return a record for each file, uploading what is missing: small ones in one request."""
+        missing = [file for file in files if file not in self._records]
+        small = [file for file in missing if _is_small(file)]
+        if small:
+            records = await self._attempts.run(lambda: self._try(small, _Progress()))
+            for file, record in zip(small, records, strict=True):
+                self._records[file] = record
+                self._uploaded(file)
+        await self._upload_all(missing)
+        return [self._records[file] for file in files]
+
+    async def _upload_all(self, files: Sequence[LocalFile]) -> None:
+        """Upload side by side; the first failure stops the others and is raised as it is."""
+        failures: list[errors.CkptdError] = []
+
+        async def one(file: LocalFile) -> None:
+            try:
+                await self.upload(file)
+            except errors.CkptdError as error:
+                failures.append(error)
+                group.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as group:
+            for file in files:
+                group.start_soon(one, file)
+        if failures:
+            raise failures[0]
+
+    async def _send(self, file: LocalFile) -> ledger.Record:
+        """Upload one file with retries, reporting its progress meanwhile."""
+        progress = _Progress()
+        failure: errors.CkptdError | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(progress.run, file, self._report)
+            try:
+                (record,) = await self._attempts.run(lambda: self._try([file], progress))
+            except errors.CkptdError as error:
+                failure = error
+            group.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        self._uploaded(file)
+        return record
+
+    async def _try(self, files: Sequence[LocalFile], progress: _Progress) -> list[ledger.Record]:
+        """Upload once; an upload that hf_xet gave up on (after minutes) goes over LFS at once."""
+        progress.restart()
+        try:
+            return await self._upload(files, progress.add)
+        except errors.HubError as error:
+            if not translate.is_xet_failure(error):
+                raise
+            self._drop_xet(error.message)
+        progress.restart()
+        return await self._upload(files, progress.add)
+
+    async def _upload(
+        self, files: Sequence[LocalFile], meter: session.Meter
+    ) -> list[ledger.Record]:
+        return await self._hub.upload(
+            files,
+            repo_id=self._target.repo_id,
+            revision=self._revision,
+            create_pr=self._target.create_pr,
+            meter=meter,
+        )
+
+    def _uploaded(self, file: LocalFile) -> None:
+        self._report(
+            HubEvent(
+                happening=Happening.UPLOADED, path_in_repo=file.path_in_repo, nbytes=file.nbytes
+            )
+        )
+
+    def _drop_xet(self, why: str) -> None:
+        if session.uses_xet():
+            session.disable_xet()
+            self._report(HubEvent(happening=Happening.XET_OFF, text=why))
+
+
+def _is_small(file: LocalFile) -> bool:
+    return file.nbytes < SMALL_BYTES and file.path.suffix not in _WEIGHTS
+
+
+class _Progress:
+    """Bytes of one upload: added in worker threads, reported from the event loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sent_bytes = 0
+
+    def restart(self) -> None:
+        """Begin at zero: another try."""
+        with self._lock:
+            self._sent_bytes = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes that were handed to the network (thread-safe)."""
+        with self._lock:
+            self._sent_bytes += num_bytes
+
+    async def run(self, file: LocalFile, report: attempts.Report) -> None:
+        """Report until cancelled, whenever there is something new."""
+        told_bytes = -1
+        while True:
+            now_bytes = max(0, min(self._sent_bytes, file.nbytes))
+            if now_bytes != told_bytes:
+                told_bytes = now_bytes
+                report(
+                    HubEvent(
+                        happening=Happening.UPLOADING,
+                        path_in_repo=file.path_in_repo,
+                        done_bytes=now_bytes,
+                        nbytes=file.nbytes,
+                    )
+                )
+            await anyio.sleep(PROGRESS_EVERY_S)

@@ -1,0 +1,11 @@
+"""Every stage by its name in a definition."""
+
+from __future__ import annotations
+
+from ckptd.pipeline.stage import Stage
+from ckptd.pipeline.stages import cast, footprint, reshard, resize, tie
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (tie.STAGE, resize.STAGE, cast.STAGE, footprint.STAGE, reshard.STAGE)
+}

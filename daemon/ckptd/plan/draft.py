@@ -1,0 +1,69 @@
+"""The draft: what the output will be, while the stages are still changing it.
+
+A draft is immutable; a stage is a function from a draft to another one. It knows nothing of
+shards' offsets: the plan does that, once, at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
+from ckptd.plan import expression
+from ckptd.plan.expression import Expression
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReport:
+    """What a stage decided: one sentence for people, facts for programs (JSON values)."""
+
+    stage: str
+    summary: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """The output so far.
+
+    `max_shard_bytes` None keeps the source's division into files; `home` says in which source
+    file a tensor lay. `config` is a fresh dict in each draft that changes it. `undecided_bytes`
+    may still go away when contents are compared. `hold_push` is a reason not to publish.
+    """
+
+    tensors: Mapping[str, Expression]
+    home: Mapping[str, str]
+    config: Mapping[str, Any]
+    source_config: Mapping[str, Any]
+    config_path: Path
+    side_files: tuple[SideFile, ...]
+    max_shard_bytes: int | None = None
+    undecided_bytes: int = 0
+    hold_push: str | None = None
+    reports: tuple[StageReport, ...] = ()
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(expression.nbytes(value) for value in self.tensors.values())
+
+    def with_report(self, report: StageReport, **changes: Any) -> Draft:
+        """Return this draft with `changes` made and `report` added."""
+        return dataclasses.replace(self, reports=(*self.reports, report), **changes)
+
+
+def from_checkpoint(source: Checkpoint) -> Draft:
+    """Return the draft that is the checkpoint as it is."""
+    return Draft(
+        tensors={name: expression.load(tensor) for name, tensor in source.tensors.items()},
+        home={name: tensor.extent.path.name for name, tensor in source.tensors.items()},
+        config=source.config,
+        source_config=source.config,
+        config_path=source.config_path,
+        side_files=source.side_files,
+    )

@@ -1,0 +1,262 @@
+"""The plan: every output file, with its size and header, and every byte's place and origin.
+
+Made from a draft by pure arithmetic on headers. Each tensor becomes segments, verbatim (an extent
+copied as it is) or computed (an expression evaluated); verbatim segments that are adjacent in
+source and output are merged into long runs. The plan's digest covers all of it, so that files
+finished by an earlier, killed attempt are reused only under the very same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ckptd.checkpoint import header, index
+from ckptd.checkpoint.checkpoint import SideFile
+from ckptd.checkpoint.header import Extent, TensorSpec
+from ckptd.plan import expression, shards
+from ckptd.plan.draft import Draft, StageReport
+from ckptd.plan.expression import Concat, Expression, Load
+
+INDEX_NAME = "model.safetensors.index.json"
+CONFIG_NAME = "config.json"
+FORMAT = "ckptd plan 1"
+"""Part of every plan's digest; changes when the same plan would be executed differently."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes copied as they are: `nbytes` from `source` to `offset` of the output file."""
+
+    source: Extent
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the run."""
+        return self.source.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """Bytes that are the value of `value`, at `offset` of the output file."""
+
+    tensor: str
+    value: Expression
+    offset: int
+    nbytes: int
+
+
+Segment = Run | Computed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """One output file: its first bytes, then segments without gap up to `nbytes`."""
+
+    name: str
+    head: bytes
+    nbytes: int
+    tensors: tuple[TensorSpec, ...]
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that will be written, and what was decided on the way."""
+
+    shards: tuple[ShardPlan, ...]
+    index: bytes | None
+    config: bytes
+    side_files: tuple[SideFile, ...]
+    reports: tuple[StageReport, ...]
+    hold_push: str | None
+
+    @cached_property
+    def tensor_bytes(self) -> int:
+        """The bytes of all tensors: `total_size` of the index."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.tensors)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """The elements of all tensors: `total_parameters` of the index."""
+        return sum(spec.numel for shard in self.shards for spec in shard.tensors)
+
+    @cached_property
+    def output_bytes(self) -> int:
+        """The bytes of all weight files, headers included."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def computed_bytes(self) -> int:
+        """The output bytes that are computed rather than copied."""
+        return sum(part.nbytes for part in self._segments() if isinstance(part, Computed))
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """The source bytes that will be read."""
+        total = 0
+        for part in self._segments():
+            if isinstance(part, Run):
+                total += part.nbytes
+            else:
+                total += sum(extent.nbytes for extent in expression.extents(part.value))
+        return total
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether any byte is computed."""
+        return any(isinstance(part, Computed) for part in self._segments())
+
+    @cached_property
+    def sources(self) -> frozenset[Path]:
+        """The weight files that will be read."""
+        paths = set()
+        for part in self._segments():
+            if isinstance(part, Run):
+                paths.add(part.source.path)
+            else:
+                paths |= {extent.path for extent in expression.extents(part.value)}
+        return frozenset(paths)
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:...` of the whole plan but the folder the source lies in."""
+        value = hashlib.sha256(FORMAT.encode())
+        for shard in self.shards:
+            value.update(f"{shard.name}\n".encode() + shard.head)
+            for part in shard.segments:
+                value.update(_describe(part).encode() + b"\n")
+        value.update((self.index or b"") + self.config)
+        return "sha256:" + value.hexdigest()
+
+    def _segments(self) -> Iterator[Segment]:
+        for shard in self.shards:
+            yield from shard.segments
+
+
+def make(draft: Draft) -> Plan:
+    """Return the plan for a finished draft; reads nothing."""
+    tensors = [
+        shards.Sized(name, expression.nbytes(value), draft.home[name])
+        for name, value in draft.tensors.items()
+    ]
+    if draft.max_shard_bytes is None:
+        groups = shards.by_home(tensors)
+    else:
+        groups = shards.by_size(tensors, draft.max_shard_bytes)
+    names = shards.file_names(len(groups))
+    planned = tuple(_shard(name, group, draft) for name, group in zip(names, groups, strict=True))
+    plan = Plan(
+        shards=planned,
+        index=None,
+        config=_config_bytes(draft),
+        side_files=draft.side_files,
+        reports=draft.reports,
+        hold_push=draft.hold_push,
+    )
+    if len(planned) < 2:
+        return plan
+    weight_map = {spec.name: shard.name for shard in planned for spec in shard.tensors}
+    encoded = index.encode(
+        weight_map, total_size=plan.tensor_bytes, total_parameters=plan.num_parameters
+    )
+    return dataclasses.replace(plan, index=encoded)
+
+
+def _shard(name: str, tensors: list[str], draft: Draft) -> ShardPlan:
+    specs = [
+        TensorSpec(tensor, draft.tensors[tensor].dtype, draft.tensors[tensor].shape)
+        for tensor in tensors
+    ]
+    # A reader views tensors in place, so wider elements come first; equal ones keep their order.
+    specs.sort(key=lambda spec: -spec.dtype.alignment)
+    values: Mapping[str, Expression] = draft.tensors
+    raw: list[Segment] = []
+    offset = 0
+    for spec in specs:
+        raw.extend(
+            part for part in _segments_of(spec.name, values[spec.name], offset) if part.nbytes
+        )
+        offset += spec.nbytes
+    merged = _merge(raw)
+    longest = max(
+        (part for part in merged if isinstance(part, Run)), key=lambda run: run.nbytes, default=None
+    )
+    like = 0 if longest is None else longest.source.offset - longest.offset
+    head = header.encode(specs, metadata={"format": "pt"}, data_offset_like=like)
+    return ShardPlan(
+        name=name,
+        head=head,
+        nbytes=len(head) + offset,
+        tensors=tuple(specs),
+        segments=tuple(_moved(part, len(head)) for part in merged),
+    )
+
+
+def _segments_of(tensor: str, value: Expression, offset: int) -> Iterator[Segment]:
+    match value:
+        case Load(extent=extent):
+            yield Run(extent, offset)
+        case Concat(parts=parts):
+            for part in parts:
+                yield from _segments_of(tensor, part, offset)
+                offset += expression.nbytes(part)
+        case _:
+            yield Computed(tensor, value, offset, expression.nbytes(value))
+
+
+def _merge(parts: list[Segment]) -> list[Segment]:
+    merged: list[Segment] = []
+    for part in parts:
+        last = merged[-1] if merged else None
+        if (
+            isinstance(part, Run)
+            and isinstance(last, Run)
+            and last.source.path == part.source.path
+            and last.source.offset + last.nbytes == part.source.offset
+            and last.offset + last.nbytes == part.offset
+        ):
+            joined = Extent(part.source.path, last.source.offset, last.nbytes + part.source.nbytes)
+            merged[-1] = Run(joined, last.offset)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _moved(part: Segment, by: int) -> Segment:
+    if isinstance(part, Run):
+        return Run(part.source, part.offset + by)
+    return Computed(part.tensor, part.value, part.offset + by, part.nbytes)
+
+
+def _config_bytes(draft: Draft) -> bytes:
+    if draft.config == draft.source_config:
+        return draft.config_path.read_bytes()
+    return (json.dumps(draft.config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _describe(part: Segment) -> str:
+    if isinstance(part, Run):
+        return f"{part.source.path.name} {part.source.offset} {part.nbytes} -> {part.offset}"
+    return f"{part.tensor} {_describe_value(part.value)} -> {part.offset}"
+
+
+def _describe_value(value: Expression) -> str:
+    match value:
+        case Load(extent=extent):
+            return f"load({extent.path.name},{extent.offset},{extent.nbytes},{value.dtype})"
+        case Concat(parts=parts):
+            return f"concat({value.axis},{','.join(_describe_value(part) for part in parts)})"
+        case expression.Cast(source=source):
+            return f"cast({value.dtype},{_describe_value(source)})"
+        case expression.Grown(source=source):
+            how = (
+                f"{value.shape},{value.axis},{value.first},{value.method},{value.std},{value.seed}"
+            )
+            return f"grown({how},{_describe_value(source)})"

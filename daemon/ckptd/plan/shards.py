@@ -1,0 +1,54 @@
+"""Dividing tensors among shard files, and the files' names.
+
+The rule is the one users of the Hub know: tensors in order; a tensor larger than the limit gets a
+file of its own and leaves the current one open; a tensor that would push the current file over the
+limit starts the next. The limit counts tensor bytes, not the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A tensor's name, bytes, and the file it came from."""
+
+    name: str
+    nbytes: int
+    home: str
+
+
+def by_size(tensors: Sequence[Sized], max_shard_bytes: int) -> list[list[str]]:
+    """Return the tensors' names, file by file, none over `max_shard_bytes` unless one tensor is."""
+    shards: list[list[str]] = []
+    current: list[str] = []
+    current_bytes = 0
+    for tensor in tensors:
+        if tensor.nbytes > max_shard_bytes:
+            shards.append([tensor.name])
+            continue
+        if current and current_bytes + tensor.nbytes > max_shard_bytes:
+            shards.append(current)
+            current, current_bytes = [], 0
+        current.append(tensor.name)
+        current_bytes += tensor.nbytes
+    if current:
+        shards.append(current)
+    return shards
+
+
+def by_home(tensors: Sequence[Sized]) -> list[list[str]]:
+    """Return the tensors' names, divided as the source was; files left empty are dropped."""
+    shards: dict[str, list[str]] = {}
+    for tensor in tensors:
+        shards.setdefault(tensor.home, []).append(tensor.name)
+    return list(shards.values())
+
+
+def file_names(count: int) -> list[str]:
+    """Return the names of `count` weight files; a single one has no number."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

@@ -1,0 +1,91 @@
+"""The open source files of one job: read at offsets, from any thread, and only while unchanged.
+
+A source that shrinks, is replaced or is rewritten voids the job: its stamp is compared when it is
+opened and when the job ends, and a short read is the same failure.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckptd.checkpoint import checkpoint
+from ckptd.checkpoint.header import Extent, FileStamp
+from ckptd.errors import SourceChanged
+
+
+class Sources:
+    """Open file descriptors by path, each checked against the stamp planning saw.
+
+    Use as a context manager; leaving it closes every file.
+    """
+
+    def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
+        self._stamps = stamps
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Sources:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            for fd in self._fds.values():
+                os.close(fd)
+            self._fds.clear()
+
+    def fd(self, path: Path) -> int:
+        """Return a read-only descriptor of the source at `path`.
+
+        Raises:
+            SourceChanged: the file is not the one that was planned with.
+        """
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = self._open(path)
+            return self._fds[path]
+
+    def read_into(self, buffer: memoryview, extent: Extent) -> None:
+        """Fill `buffer`, of the extent's length, with the extent's bytes.
+
+        Raises:
+            SourceChanged: the file ended before the extent did.
+        """
+        fd = self.fd(extent.path)
+        done = 0
+        while done < extent.nbytes:
+            got = os.preadv(fd, [buffer[done:]], extent.offset + done)
+            if got == 0:
+                raise SourceChanged(
+                    path=extent.path,
+                    expected=f"{extent.offset + extent.nbytes} bytes",
+                    found=f"{extent.offset + done}",
+                )
+            done += got
+
+    def check(self) -> None:
+        """Verify that every source is still as planned.
+
+        Raises:
+            SourceChanged: names the first that is not.
+        """
+        changed = checkpoint.check_unchanged(self._stamps)
+        if changed is not None:
+            path, _, what = changed.partition(": ")
+            raise SourceChanged(path=path, expected="no change", found=what)
+
+    def _open(self, path: Path) -> int:
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise SourceChanged(
+                path=path, expected="a readable file", found=error.strerror or "an error"
+            ) from error
+        stamp = self._stamps[path]
+        found = FileStamp.of(os.fstat(fd))
+        if found != stamp:
+            os.close(fd)
+            raise SourceChanged(path=path, expected=str(stamp), found=str(found))
+        return fd

@@ -1,0 +1,322 @@
+"""Executing a plan: read, compute and write overlap, in bounded memory, each byte once.
+
+Every output file is one or more lanes of consecutive segments; a few workers take lanes in order.
+Verbatim runs are copied by one thread from end to end, computed segments go through three tasks
+(read, compute, write) that work on different blocks at the same time under the byte budget. A file
+whose lanes are done is synced and renamed while the next ones are written, and handed on at once.
+
+Where a sha256 is wanted, a file is one lane, so that its bytes pass in order; else long files are
+divided so that all workers have work.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+from anyio import from_thread, to_thread
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from ckptd.aio.budget import ByteBudget
+from ckptd.checkpoint import writer
+from ckptd.checkpoint.writer import ShardWriter
+from ckptd.plan import blocks, transfer
+from ckptd.plan.blocks import Block
+from ckptd.plan.plan import Computed, Plan, Run, Segment, ShardPlan
+from ckptd.plan.sources import Sources
+from ckptd.plan.transfer import Hash, Lane
+
+LANE_BYTES = 256 << 20
+"""A file without sha256 is divided into lanes of about this size."""
+_SMALL_RUN_BYTES = 1 << 20
+"""A shorter run between computed segments goes through the same pipeline as they do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedShard:
+    """A durable output file; `sha256` in hexadecimal, or None where it was not asked for."""
+
+    name: str
+    path: Path
+    nbytes: int
+    sha256: str | None
+
+
+class Evaluator(Protocol):
+    """What computes blocks; `plan.evaluate.Evaluator` is the one with torch."""
+
+    def read(self, blocks: Sequence[Block]) -> Any:
+        """Return the blocks with their source bytes in memory; blocks the calling thread."""
+
+    def compute(self, staged: Any) -> list[memoryview]:
+        """Return the bytes of each block `read` staged; blocks the calling thread."""
+
+
+class Meter:
+    """Bytes read, computed and written so far; any thread adds, anyone reads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.read_bytes = 0
+        self.computed_bytes = 0
+        self.written_bytes = 0
+
+    def add(self, *, read: int = 0, computed: int = 0, written: int = 0) -> None:
+        """Count more bytes."""
+        with self._lock:
+            self.read_bytes += read
+            self.computed_bytes += computed
+            self.written_bytes += written
+
+
+@dataclass(slots=True, kw_only=True)
+class _Shard:
+    plan: ShardPlan
+    file: ShardWriter
+    sha256: Hash | None
+    opening: anyio.Lock
+    lanes_left: int = 0
+    is_open: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class _Work:
+    shard: _Shard
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    blocks: list[Block]
+    share: int
+    content: Any = field(repr=False)
+
+
+class Stream:
+    """One execution of one plan into one folder."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        *,
+        sources: Sources,
+        evaluator: Evaluator | None,
+        budget: ByteBudget,
+        threads: int,
+        hashing: bool,
+        meter: Meter,
+    ) -> None:
+        assert evaluator is not None or not plan.needs_torch
+        self._plan = plan
+        self._folder = folder
+        self._sources = sources
+        self._evaluator = evaluator
+        self._budget = budget
+        self._threads = threads
+        self._hashing = hashing
+        self._meter = meter
+        self._limiter = anyio.CapacityLimiter(4 * threads + 2)
+        self._finishing = anyio.CapacityLimiter(2)
+
+    async def run(
+        self,
+        *,
+        finished: Mapping[str, FinishedShard],
+        on_shard: Callable[[FinishedShard], Coroutine[Any, Any, None]],
+    ) -> tuple[FinishedShard, ...]:
+        """Write every file that is not in `finished`; return all of them in the plan's order.
+
+        `on_shard` is called once for each file, as soon as it is durable under its name. After a
+        failure the folder holds whole files only; what was begun is removed.
+
+        Raises:
+            ExceptionGroup: of NoSpace, StorageFailed, SourceChanged, CheckFailed, or whatever
+                `on_shard` raises.
+        """
+        done = dict(finished)
+        todo = [shard for shard in self._plan.shards if shard.name not in done]
+        writer.require_space(self._folder, sum(shard.nbytes for shard in todo))
+        shards = [self._begin(plan) for plan in todo]
+        queue = deque(work for shard in shards for work in self._lanes(shard))
+
+        async def finish(shard: _Shard) -> None:
+            async with self._finishing:
+                result = await self._finish(shard)
+            done[result.name] = result
+            await on_shard(result)
+
+        async def work() -> None:
+            lane = Lane(self._sources, self._tick)
+            while queue:
+                item = queue.popleft()
+                await self._execute(lane, item)
+                item.shard.lanes_left -= 1
+                if not item.shard.lanes_left:
+                    group.start_soon(finish, item.shard)
+
+        try:
+            async with anyio.create_task_group() as group:
+                for reused in finished.values():
+                    group.start_soon(on_shard, reused)
+                for _ in range(self._threads):
+                    group.start_soon(work)
+        finally:
+            for shard in shards:
+                shard.file.abandon()
+        await self._in_thread(self._sources.check)
+        return tuple(done[shard.name] for shard in self._plan.shards)
+
+    def _begin(self, plan: ShardPlan) -> _Shard:
+        return _Shard(
+            plan=plan,
+            file=ShardWriter(self._folder / plan.name, nbytes=plan.nbytes),
+            sha256=hashlib.sha256() if self._hashing else None,
+            opening=anyio.Lock(),
+        )
+
+    def _lanes(self, shard: _Shard) -> list[_Work]:
+        if self._hashing:
+            parts = [shard.plan.segments]
+        else:
+            parts = list(_divide(shard.plan.segments, LANE_BYTES)) or [()]
+        shard.lanes_left = len(parts)
+        return [_Work(shard=shard, segments=part) for part in parts]
+
+    async def _execute(self, lane: Lane, work: _Work) -> None:
+        shard = work.shard
+        async with shard.opening:
+            if not shard.is_open:
+                await self._in_thread(self._open, shard)
+                shard.is_open = True
+        for computed, segments in _groups(work.segments):
+            if computed:
+                await self._compute(shard, segments)
+            else:
+                await self._in_thread(self._copy, lane, shard, segments)
+
+    def _open(self, shard: _Shard) -> None:
+        shard.file.open()
+        self._write(shard, shard.plan.head, 0)
+
+    async def _finish(self, shard: _Shard) -> FinishedShard:
+        sha256 = shard.sha256.hexdigest() if shard.sha256 is not None else None
+        await self._in_thread(shard.file.finish)
+        return FinishedShard(
+            name=shard.plan.name, path=shard.file.path, nbytes=shard.plan.nbytes, sha256=sha256
+        )
+
+    def _copy(self, lane: Lane, shard: _Shard, segments: Sequence[Segment]) -> None:
+        try:
+            for run in segments:
+                assert isinstance(run, Run)
+                transfer.copy(lane, run.source, shard.file.fd, run.offset, shard.sha256)
+        except OSError as error:
+            raise writer.translated(error, shard.file.path, shard.plan.nbytes) from error
+
+    async def _compute(self, shard: _Shard, segments: Sequence[Segment]) -> None:
+        send_staged, staged = anyio.create_memory_object_stream[_Batch](1)
+        send_values, values = anyio.create_memory_object_stream[_Batch](1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._read_batches, segments, send_staged)
+            group.start_soon(self._compute_batches, staged, send_values)
+            await self._write_batches(shard, values)
+
+    async def _read_batches(
+        self, segments: Sequence[Segment], out: MemoryObjectSendStream[_Batch]
+    ) -> None:
+        assert self._evaluator is not None
+        async with out:
+            for batch in blocks.batches(segments):
+                share = await self._budget.acquire(sum(block.cost_bytes for block in batch))
+                content = await self._in_thread(self._evaluator.read, batch)
+                self._meter.add(read=sum(block.source_bytes for block in batch))
+                await out.send(_Batch(batch, share, content))
+
+    async def _compute_batches(
+        self, staged: MemoryObjectReceiveStream[_Batch], out: MemoryObjectSendStream[_Batch]
+    ) -> None:
+        assert self._evaluator is not None
+        async with staged, out:
+            async for batch in staged:
+                values = await self._in_thread(self._evaluator.compute, batch.content)
+                self._meter.add(computed=sum(block.nbytes for block in batch.blocks))
+                await out.send(_Batch(batch.blocks, batch.share, values))
+
+    async def _write_batches(
+        self, shard: _Shard, values: MemoryObjectReceiveStream[_Batch]
+    ) -> None:
+        async with values:
+            async for batch in values:
+                await self._in_thread(self._write_blocks, shard, batch)
+                self._budget.release(batch.share)
+
+    def _write_blocks(self, shard: _Shard, batch: _Batch) -> None:
+        for block, value in zip(batch.blocks, batch.content, strict=True):
+            assert len(value) == block.nbytes, (block.tensor, len(value), block.nbytes)
+            self._write(shard, value, block.offset)
+        self._tick(0, sum(block.nbytes for block in batch.blocks))
+
+    def _write(self, shard: _Shard, data: memoryview | bytes, offset: int) -> None:
+        try:
+            transfer.write_at(shard.file.fd, data, offset)
+        except OSError as error:
+            raise writer.translated(error, shard.file.path, shard.plan.nbytes) from error
+        if shard.sha256 is not None:
+            shard.sha256.update(data)
+
+    def _tick(self, read: int, written: int) -> None:
+        self._meter.add(read=read, written=written)
+        from_thread.check_cancelled()
+
+    async def _in_thread(self, call: Callable[..., Any], *args: Any) -> Any:
+        return await to_thread.run_sync(functools.partial(call, *args), limiter=self._limiter)
+
+
+def _divide(segments: Iterable[Segment], lane_bytes: int) -> Iterator[tuple[Segment, ...]]:
+    """Yield the segments in lanes of about `lane_bytes`; long runs are cut at block borders."""
+    lane: list[Segment] = []
+    size = 0
+    for segment in segments:
+        for part in _cut(segment, lane_bytes):
+            lane.append(part)
+            size += part.nbytes
+            if size >= lane_bytes:
+                yield tuple(lane)
+                lane, size = [], 0
+    if lane:
+        yield tuple(lane)
+
+
+def _cut(segment: Segment, lane_bytes: int) -> Iterator[Segment]:
+    if isinstance(segment, Computed) or segment.nbytes <= 2 * lane_bytes:
+        yield segment
+        return
+    source = segment.source
+    for start in range(0, segment.nbytes, lane_bytes):
+        size = min(lane_bytes, segment.nbytes - start)
+        part = type(source)(source.path, source.offset + start, size)
+        yield Run(part, segment.offset + start)
+
+
+def _groups(segments: Sequence[Segment]) -> Iterator[tuple[bool, list[Segment]]]:
+    """Yield neighbouring segments that go the same way: copied (False) or computed (True)."""
+    group: list[Segment] = []
+    computed = False
+    for segment in segments:
+        small = isinstance(segment, Run) and segment.nbytes < _SMALL_RUN_BYTES
+        kind = isinstance(segment, Computed) or (small and computed)
+        if group and kind is not computed:
+            yield computed, group
+            group = []
+        group.append(segment)
+        computed = kind
+    if group:
+        yield computed, group

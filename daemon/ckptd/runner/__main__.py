@@ -1,0 +1,125 @@
+"""The runner process: started ahead by the daemon, takes one job at a time over JSON lines.
+
+Commands come on standard input, reports go to standard output (see `jobs.progress`); anything else
+that is printed goes to standard error. The process ends when its input does, and is killed by the
+kernel when its parent dies, so that no job ever has two workers. `--preload` imports torch before
+the first job, so that a job that computes does not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import signal
+from pathlib import Path
+
+import anyio
+from anyio import to_thread
+
+from ckptd import __version__
+from ckptd.aio import groups
+from ckptd.errors import CkptdError
+from ckptd.jobs import progress
+from ckptd.jobs.job import Failure
+from ckptd.pipeline.definition import Definition
+from ckptd.runner import job
+
+_PR_SET_PDEATHSIG = 1
+"""prctl of linux/prctl.h: the signal this process gets when its parent dies."""
+
+
+class Runner:
+    """Reads commands, does one job after the other, writes reports."""
+
+    def __init__(self, input_fd: int, output_fd: int) -> None:
+        self._input_fd = input_fd
+        self._output_fd = output_fd
+        self._scope: anyio.CancelScope | None = None
+
+    async def run(self, *, device: str | None) -> None:
+        """Serve until the input ends or a `Quit` comes."""
+        self._report(progress.Ready(pid=os.getpid(), version=__version__, device=device))
+        send, receive = anyio.create_memory_object_stream[progress.Start](1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._read_commands, send, group.cancel_scope)
+            async with receive:
+                async for start in receive:
+                    await self._do(start)
+
+    async def _read_commands(
+        self, send: anyio.abc.ObjectSendStream[progress.Start], everything: anyio.CancelScope
+    ) -> None:
+        with os.fdopen(self._input_fd, "rb") as lines:
+            while True:
+                line = await to_thread.run_sync(lines.readline, abandon_on_cancel=True)
+                command = progress.decode(line) if line else progress.Quit()
+                match command:
+                    case progress.Start():
+                        await send.send(command)
+                    case progress.Cancel() if self._scope is not None:
+                        self._scope.cancel(reason=command.reason)
+                    case progress.Quit():
+                        everything.cancel()
+                        return
+                    case _:
+                        pass
+
+    async def _do(self, start: progress.Start) -> None:
+        with anyio.CancelScope() as self._scope:
+            try:
+                outcome = await job.execute(_work(start), report=self._report)
+                self._report(progress.Finished(outcome=outcome))
+            except* CkptdError as caught:
+                self._report(progress.Failed(failure=Failure.of(groups.first(caught, CkptdError))))
+        if self._scope.cancelled_caught:
+            failure = Failure(code="Cancelled", message="the job was cancelled")
+            self._report(progress.Failed(failure=failure))
+        self._scope = None
+
+    def _report(self, message: progress.Report) -> None:
+        data = progress.encode(message)
+        while data:
+            data = data[os.write(self._output_fd, data) :]
+
+
+def _work(start: progress.Start) -> job.Work:
+    spec = start.spec
+    return job.Work(
+        checkpoint_path=Path(spec.pinned_path),
+        name=spec.name,
+        run=spec.run,
+        layout=spec.layout,
+        definition=Definition.model_validate(spec.definition),
+        content_digest=spec.content_digest,
+        pipeline_digest=spec.pipeline_digest,
+        fingerprint=spec.fingerprint or None,
+        work_path=Path(start.work_path),
+        output_path=Path(start.output_path) if start.output_path else None,
+        push=start.push,
+        endpoint=start.endpoint,
+        within=None,
+        byte_budget=start.byte_budget,
+        num_threads=start.num_threads,
+    )
+
+
+def main() -> None:
+    """Run the process."""
+    parser = argparse.ArgumentParser(prog="ckptd.runner", description=__doc__)
+    parser.add_argument("--preload", action="store_true", help="import torch at once")
+    options = parser.parse_args()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What libraries print must not mix with reports: standard output becomes standard error.
+    output_fd = os.dup(1)
+    os.dup2(2, 1)
+    device = None
+    if options.preload:
+        device = importlib.import_module("ckptd.plan.evaluate").choose_device("auto")
+    anyio.run(lambda: Runner(os.dup(0), output_fd).run(device=device))
+
+
+if __name__ == "__main__":
+    main()

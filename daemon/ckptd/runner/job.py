@@ -1,0 +1,247 @@
+"""The work of one job: open, plan, stream, publish.
+
+Nothing here knows the daemon: `ckptd run` and the runner process call the same function. Uploads
+start as soon as a file is durable, while later ones are still being made; the one commit comes when
+all are. The staging folder survives a failure, so that the next attempt goes on where this one
+stopped, and is the caller's to remove.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import anyio
+from anyio import from_thread, to_thread
+
+from ckptd.aio.budget import ByteBudget
+from ckptd.checkpoint import checkpoint, listing
+from ckptd.checkpoint.checkpoint import Checkpoint
+from ckptd.errors import SourceChanged
+from ckptd.jobs import progress
+from ckptd.jobs.job import Outcome, State
+from ckptd.pipeline import compose, target
+from ckptd.pipeline.definition import Definition
+from ckptd.plan.plan import Plan
+from ckptd.plan.sources import Sources
+from ckptd.plan.stream import Evaluator, FinishedShard, Stream
+from ckptd.runner import output
+from ckptd.runner.output import OutputFile
+from ckptd.runner.staging import Staging
+from ckptd.runner.tally import Tally
+from ckptd.telemetry.status import Phase
+
+Report = Callable[[progress.Report], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one job needs to know.
+
+    `checkpoint_path` is what is read (a pin, or the folder itself), `name` what the trainer called
+    it, `run` the run it belongs to. `content_digest` is None where nothing is pushed, and holds
+    while the folder's files have the `fingerprint`. `within` as in `open_checkpoint`. `byte_budget` bounds what computed blocks may hold in memory at once.
+    """
+
+    checkpoint_path: Path
+    name: str
+    run: str
+    layout: str
+    definition: Definition
+    content_digest: str | None
+    fingerprint: str | None
+    pipeline_digest: str
+    work_path: Path
+    output_path: Path | None
+    push: bool
+    endpoint: str | None
+    within: Path | None
+    byte_budget: int
+    num_threads: int
+
+
+class Push(Protocol):
+    """Where the output is published; `runner.publish` has the one on the Hub."""
+
+    async def open(self) -> None:
+        """Check everything that can be checked before the first upload."""
+
+    async def upload(self, file: OutputFile) -> None:
+        """Send one finished file; may be called concurrently and again."""
+
+    async def commit(self, files: tuple[OutputFile, ...]) -> dict[str, Any]:
+        """Publish exactly these files; return the fields of an `Outcome`."""
+
+
+async def execute(work: Work, *, report: Report) -> Outcome:
+    """Do the whole job and return how it ended: published, or held with the reason.
+
+    Raises:
+        CheckpointRefused: the checkpoint, or a stage's view of it.
+        CheckFailed: a check of the definition.
+        SourceChanged, NoSpace, StorageFailed, HubError: as named; often in an ExceptionGroup.
+    """
+    began = time.monotonic()
+    tally = Tally(report)
+    tally.enter(Phase.PLANNING)
+    source = await to_thread.run_sync(lambda: open_source(work))
+    plan = await to_thread.run_sync(lambda: _plan(source, work.definition))
+    tally.planned(plan)
+    push = None if plan.hold_push is not None else await _push(work, source, tally)
+    if push is not None:
+        tally.enter(Phase.CHECKING)
+        await push.open()
+    staging = Staging(work.work_path)
+    async with tally.sampling():
+        files, reused = await _produce(work, source, plan, staging, push, tally)
+        published: dict[str, Any] = {}
+        if push is not None:
+            tally.enter(Phase.COMMITTING)
+            published = await push.commit(files)
+    tally.enter(Phase.FINISHING)
+    kept_path = await to_thread.run_sync(lambda: output.keep(staging, work.output_path))
+    return Outcome(
+        state=State.PUBLISHED if push is not None else State.HELD,
+        **(published if push is not None else {"reason": _why_held(work, plan)}),
+        output_path=None if push is not None and work.output_path is None else str(kept_path),
+        num_shards=len(plan.shards),
+        num_files=len(files),
+        **tally.totals(),
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        duration_s=time.monotonic() - began,
+        reports={
+            report.stage: {"summary": report.summary, "warnings": list(report.warnings)}
+            | dict(report.facts)
+            for report in plan.reports
+        }
+        | {"job": {"reused_shards": reused}},
+    )
+
+
+def open_source(work: Work) -> Checkpoint:
+    """Return the opened checkpoint of `work`; reads headers and JSON only.
+
+    Raises:
+        CheckpointRefused: see `checkpoint.open_checkpoint`.
+        SourceChanged: the folder is not what was identified when the job was made.
+    """
+    if work.fingerprint is not None:
+        found = listing.list_files(work.checkpoint_path).fingerprint_id
+        if found != work.fingerprint:
+            raise SourceChanged(
+                path=work.checkpoint_path, expected=work.fingerprint[:12], found=found[:12]
+            )
+    return checkpoint.open_checkpoint(
+        work.checkpoint_path,
+        layout=work.layout,
+        assets=work.definition.assets,
+        name=work.name,
+        within=work.within,
+    )
+
+
+async def _produce(
+    work: Work,
+    source: Checkpoint,
+    plan: Plan,
+    staging: Staging,
+    push: Push | None,
+    tally: Tally,
+) -> tuple[tuple[OutputFile, ...], int]:
+    """Make every output file in the staging folder, uploading each as soon as it is durable."""
+    finished = await to_thread.run_sync(lambda: staging.resume(plan, hashed=push is not None))
+    tally.enter(Phase.STREAMING)
+    tally.reused(finished.values())
+    with Sources(source.stamps) as sources:
+        stream = await _stream(work, plan, staging, sources, tally, hashing=push is not None)
+        async with anyio.create_task_group() as uploads:
+
+            async def on_shard(shard: FinishedShard) -> None:
+                if shard.name not in finished:
+                    await to_thread.run_sync(staging.record, shard)
+                tally.finished(shard, reused=shard.name in finished)
+                if push is not None:
+                    uploads.start_soon(push.upload, output.of_shard(shard))
+
+            shards = await stream.run(finished=finished, on_shard=on_shard)
+            small = await to_thread.run_sync(
+                lambda: output.write_side_files(
+                    staging.out_path,
+                    source=source,
+                    plan=plan,
+                    shards=shards,
+                    provenance=output.Provenance(
+                        run=work.run,
+                        content_digest=work.content_digest,
+                        pipeline=work.definition.pipeline,
+                        pipeline_digest=work.pipeline_digest,
+                    ),
+                )
+            )
+            if push is not None:
+                tally.enter(Phase.UPLOADING)
+                for file in small:
+                    uploads.start_soon(push.upload, file)
+    return (*(output.of_shard(shard) for shard in shards), *small), len(finished)
+
+
+def _plan(source: Checkpoint, wanted: Definition) -> Plan:
+    """Plan from headers first, so that what they show fails before a tensor byte is read."""
+    compose.from_headers(source, wanted.stages)
+    return compose.decided(source, wanted.stages, check=from_thread.check_cancelled)
+
+
+async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:
+    wanted = work.definition.push
+    if wanted is None or not work.push:
+        return None
+    resolved = target.resolve(wanted, source, run=work.run, digest=work.content_digest)
+    publish: Any = await to_thread.run_sync(importlib.import_module, "ckptd.runner.publish")
+    made: Push = publish.HubPush(
+        push=resolved,
+        content_digest=work.content_digest,
+        pipeline_digest=work.pipeline_digest,
+        endpoint=work.endpoint,
+        report=tally.hub,
+    )
+    return made
+
+
+async def _stream(
+    work: Work, plan: Plan, staging: Staging, sources: Sources, tally: Tally, *, hashing: bool
+) -> Stream:
+    evaluator = None
+    if plan.needs_torch:
+        evaluator = await to_thread.run_sync(
+            lambda: _evaluator(work.definition.device, work.num_threads, sources)
+        )
+    return Stream(
+        plan,
+        staging.out_path,
+        sources=sources,
+        evaluator=evaluator,
+        budget=ByteBudget(work.byte_budget),
+        threads=work.num_threads,
+        hashing=hashing,
+        meter=tally.meter,
+    )
+
+
+def _evaluator(device: str, num_threads: int, sources: Sources) -> Evaluator:
+    evaluate: Any = importlib.import_module("ckptd.plan.evaluate")
+    evaluate.set_threads(num_threads)
+    made: Evaluator = evaluate.Evaluator(device=evaluate.choose_device(device), sources=sources)
+    return made
+
+
+def _why_held(work: Work, plan: Plan) -> str:
+    if plan.hold_push is not None:
+        return plan.hold_push
+    if work.definition.push is None:
+        return "the definition has no push"
+    return "not pushed, as asked"

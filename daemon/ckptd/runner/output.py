@@ -1,0 +1,153 @@
+"""What a job leaves beside the weights, and where the finished folder ends up.
+
+`ckptd.json` says where a published model comes from. It holds no time and no host: the same content
+through the same pipeline gives the same bytes, so that a second run changes nothing on the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptd import __version__
+from ckptd.checkpoint import writer
+from ckptd.checkpoint.checkpoint import Checkpoint
+from ckptd.errors import StorageFailed
+from ckptd.plan.plan import CONFIG_NAME, INDEX_NAME, Plan
+from ckptd.plan.stream import FinishedShard
+from ckptd.runner.staging import Staging
+
+PROVENANCE_NAME = "ckptd.json"
+PROVENANCE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """A finished file of the output; `sha256` in hexadecimal where it is known."""
+
+    path: Path
+    name: str
+    nbytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What identifies the work behind an output."""
+
+    run: str
+    content_digest: str | None
+    pipeline: str
+    pipeline_digest: str
+
+
+def of_shard(shard: FinishedShard) -> OutputFile:
+    """Return a finished weight file as a file of the output."""
+    return OutputFile(path=shard.path, name=shard.name, nbytes=shard.nbytes, sha256=shard.sha256)
+
+
+def write_side_files(
+    folder: Path,
+    *,
+    source: Checkpoint,
+    plan: Plan,
+    shards: Sequence[FinishedShard],
+    provenance: Provenance,
+) -> tuple[OutputFile, ...]:
+    """Put everything but the weights into `folder`, the index and the provenance last.
+
+    Raises:
+        NoSpace, StorageFailed: the folder cannot be written.
+    """
+    contents: list[tuple[str, Callable[[], bytes]]] = [(CONFIG_NAME, lambda: plan.config)]
+    contents += [(file.relpath, file.path.read_bytes) for file in plan.side_files]
+    index = plan.index
+    if index is not None:
+        contents.append((INDEX_NAME, lambda: index))
+    contents.append((PROVENANCE_NAME, lambda: _encode(provenance, source, plan, shards)))
+    written = []
+    for name, content in contents:
+        path = folder / name
+        writer.make_folder(path.parent)
+        raw = content()
+        writer.write_file(path, raw)
+        written.append(OutputFile(path=path, name=name, nbytes=len(raw), sha256=None))
+    return tuple(written)
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, unless it may be replaced.
+
+    Raises:
+        StorageFailed: it is a file, or a folder that is not empty.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise StorageFailed("is a file", path=folder, hint="name a folder with -o")
+    if any(folder.iterdir()) and not overwrite:
+        raise StorageFailed(
+            "is not empty", path=folder, hint="name another folder, or pass --overwrite"
+        )
+
+
+def keep(staging: Staging, folder: Path | None) -> Path:
+    """Move the finished output to `folder`, replacing what is there; return where it is.
+
+    Both must lie on one file system. Without a folder the output stays in the staging folder.
+
+    Raises:
+        NoSpace, StorageFailed: the folder cannot be replaced.
+    """
+    if folder is None:
+        return staging.out_path
+    retired = folder.with_name(f"{writer.TEMPORARY_PREFIX}{folder.name}.old")
+    try:
+        writer.make_folder(folder.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+        if folder.exists():
+            folder.rename(retired)
+        staging.out_path.rename(folder)
+        writer.sync_folder(folder.parent)
+    except OSError as error:
+        raise writer.translated(error, folder, 0) from error
+    shutil.rmtree(retired, ignore_errors=True)
+    return folder
+
+
+def _encode(
+    provenance: Provenance, source: Checkpoint, plan: Plan, shards: Sequence[FinishedShard]
+) -> bytes:
+    value = {
+        "format": PROVENANCE_FORMAT,
+        "ckptd": __version__,
+        "source": {
+            "run": provenance.run,
+            "name": source.name,
+            "step": source.step,
+            "layout": source.layout,
+            "digest": provenance.content_digest,
+        },
+        "pipeline": {
+            "name": provenance.pipeline,
+            "digest": provenance.pipeline_digest,
+            "stages": [
+                {
+                    "stage": report.stage,
+                    "summary": report.summary,
+                    "facts": dict(report.facts),
+                    "warnings": list(report.warnings),
+                }
+                for report in plan.reports
+            ],
+        },
+        "weights": [
+            {"name": shard.name, "nbytes": shard.nbytes, "sha256": shard.sha256} for shard in shards
+        ],
+        "total_size": plan.tensor_bytes,
+        "total_parameters": plan.num_parameters,
+    }
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

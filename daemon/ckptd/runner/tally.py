@@ -1,0 +1,123 @@
+"""How far a job is: the counters of one job, turned into reports.
+
+Reports go out when something happens, byte counters a few times a second while they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ckptd.jobs import progress
+from ckptd.plan.plan import Plan
+from ckptd.plan.stream import FinishedShard, Meter
+from ckptd.telemetry.status import Counter, Counters, Phase
+
+if TYPE_CHECKING:  # the Hub's client is loaded only by jobs that push
+    from ckptd.hub.push import HubEvent
+
+SAMPLE_S = 0.25
+"""Seconds between reports of byte counters."""
+
+
+class Tally:
+    """Counts for one job and tells `report`; belongs to the event loop, but for its meter."""
+
+    def __init__(self, report: Callable[[progress.Report], None]) -> None:
+        self.meter = Meter()
+        self._report = report
+        self._plan: Plan | None = None
+        self._done: set[str] = set()
+        self._uploaded: dict[str, int] = {}
+        self._upload_total = 0
+        self._reused_bytes = 0
+        self._told: Counters | None = None
+
+    def enter(self, phase: Phase) -> None:
+        """The job is now in `phase`."""
+        shards = len(self._plan.shards) if self._plan is not None else 0
+        self._report(progress.PhaseChanged(phase=phase, num_shards=shards))
+
+    def planned(self, plan: Plan) -> None:
+        """What will be done is decided; stage warnings are told."""
+        self._plan = plan
+        for stage in plan.reports:
+            for warning in stage.warnings:
+                self._report(progress.Warned(text=f"{stage.stage}: {warning}"))
+
+    def reused(self, shards: Iterable[FinishedShard]) -> None:
+        """These files were finished by an earlier attempt."""
+        self._reused_bytes = sum(shard.nbytes for shard in shards)
+
+    def finished(self, shard: FinishedShard, *, reused: bool) -> None:
+        """An output file is durable."""
+        self._done.add(shard.name)
+        self._report(
+            progress.ShardFinished(
+                name=shard.name,
+                nbytes=shard.nbytes,
+                sha256=shard.sha256,
+                shards_done=len(self._done),
+                num_shards=len(self._plan.shards) if self._plan is not None else 0,
+                reused=reused,
+            )
+        )
+
+    def hub(self, event: HubEvent) -> None:
+        """Something happened on the way to the Hub."""
+        if event.path_in_repo is not None:
+            done = event.done_bytes if event.done_bytes is not None else event.nbytes
+            self._uploaded[event.path_in_repo] = done or 0
+        if event.happening.value == "uploading":
+            return
+        self._report(
+            progress.HubReported(
+                event=event.happening.value,
+                path_in_repo=event.path_in_repo,
+                nbytes=event.nbytes or 0,
+                text=event.text or None,
+                wait_s=event.wait_s,
+            )
+        )
+
+    def totals(self) -> dict[str, Any]:
+        """Return the byte fields of an `Outcome`."""
+        return {
+            "read_bytes": self.meter.read_bytes,
+            "computed_bytes": self.meter.computed_bytes,
+            "written_bytes": self.meter.written_bytes,
+            "uploaded_bytes": sum(self._uploaded.values()),
+        }
+
+    @contextlib.asynccontextmanager
+    async def sampling(self) -> AsyncIterator[None]:
+        """Report byte counters while the block runs, and once more at its end."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._sample)
+            yield
+            group.cancel_scope.cancel()
+        self._tell()
+
+    async def _sample(self) -> None:
+        while True:
+            self._tell()
+            await anyio.sleep(SAMPLE_S)
+
+    def _tell(self) -> None:
+        if self._plan is None:
+            return
+        plan, meter, reused = self._plan, self.meter, self._reused_bytes
+        counters = Counters(
+            read=Counter(done_bytes=meter.read_bytes, total_bytes=plan.read_bytes - reused),
+            computed=Counter(done_bytes=meter.computed_bytes, total_bytes=plan.computed_bytes),
+            written=Counter(done_bytes=meter.written_bytes + reused, total_bytes=plan.output_bytes),
+            uploaded=Counter(
+                done_bytes=sum(self._uploaded.values()), total_bytes=plan.output_bytes
+            ),
+        )
+        if counters != self._told:
+            self._told = counters
+            self._report(progress.BytesMoved(counters=counters))

@@ -1,0 +1,78 @@
+"""A runner process as the daemon holds it: started ahead, spoken to in JSON lines, killed for sure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+
+import anyio
+from anyio.abc import Process
+
+from ckptd.jobs import progress
+
+_READ_BYTES = 64 << 10
+
+
+class RunnerProcess:
+    """One process; owned by one task. `close` is safe to call at any time, any number of times."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, *, preload: bool) -> RunnerProcess:
+        """Start a process that waits for a job; with `preload` it imports torch meanwhile."""
+        command = [sys.executable, "-m", "ckptd.runner"] + (["--preload"] if preload else [])
+        # Standard error is ours: what a library prints there belongs to the daemon's log.
+        process = await anyio.open_process(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None
+        )
+        return cls(process)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    async def send(self, command: progress.Command) -> bool:
+        """Send a command; return False if the process no longer listens."""
+        assert self._process.stdin is not None
+        try:
+            await self._process.stdin.send(progress.encode(command))
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            return False
+        return True
+
+    async def reports(self) -> AsyncIterator[progress.Report]:
+        """Yield what the process reports until its output ends.
+
+        Raises:
+            ValueError: the process wrote something that is not a report.
+        """
+        assert self._process.stdout is not None
+        pending = bytearray()
+        while True:
+            try:
+                pending += await self._process.stdout.receive(_READ_BYTES)
+            except (anyio.EndOfStream, anyio.BrokenResourceError):
+                return
+            while (end := pending.find(b"\n")) >= 0:
+                message = progress.decode(bytes(pending[:end]))
+                del pending[: end + 1]
+                if not isinstance(message, progress.Start | progress.Cancel | progress.Quit):
+                    yield message
+            if len(pending) > progress.MAX_LINE_BYTES:
+                raise ValueError("a report is too long")
+
+    async def exit_status(self) -> int:
+        """Wait for the end of the process; return its status, negative for a signal."""
+        return await self._process.wait()
+
+    async def close(self) -> None:
+        """Kill the process and wait for its end."""
+        with anyio.CancelScope(shield=True):
+            if self._process.returncode is None:
+                self._process.kill()
+            await self._process.wait()
+            await self._process.aclose()

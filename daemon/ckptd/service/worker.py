@@ -1,0 +1,211 @@
+"""The worker: takes jobs from the store and has runner processes do them, one a slot.
+
+A slot keeps a runner waiting, so that a job starts at once. It holds the job's lease while the
+runner works, and gives it back in every way a job can end: finished, failed, cancelled by a person,
+the runner killed, the daemon stopped. A runner that failed is replaced.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+import structlog
+
+from ckptd import errors
+from ckptd.jobs import progress
+from ckptd.jobs.job import Failure, Job, RetryLimits
+from ckptd.jobs.store import JobStore, LeaseLost
+from ckptd.service import housekeeping
+from ckptd.service.board import Board
+from ckptd.service.runners import RunnerProcess
+
+log = structlog.get_logger()
+
+LEASE_S = 60.0
+"""How long a job stays ours without a sign of life."""
+POLL_S = 2.0
+"""How soon a change made by another process (`ckptd jobs retry`) is noticed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerOptions:
+    """What slots need to know of the settings."""
+
+    state_path: Path
+    slots: int
+    byte_budget: int
+    num_threads: int
+    endpoint: str | None
+    limits: RetryLimits
+    preload: Callable[[], bool]
+    """Whether a definition in use computes, so that a runner should import torch ahead."""
+
+
+class Worker:
+    """All slots of a daemon."""
+
+    def __init__(self, *, name: str, store: JobStore, board: Board, options: WorkerOptions) -> None:
+        self._name = name
+        self._store = store
+        self._board = board
+        self._options = options
+        self._news = anyio.Event()
+
+    def poke(self) -> None:
+        """Look for a job now: one was queued."""
+        self._news.set()
+        self._news = anyio.Event()
+
+    async def run(self) -> None:
+        """Work until cancelled; then runners are stopped and leases are given back."""
+        async with anyio.create_task_group() as group:
+            for number in range(self._options.slots):
+                group.start_soon(self._slot, f"{self._name}/{number}")
+
+    async def _slot(self, worker: str) -> None:
+        runner: RunnerProcess | None = None
+        try:
+            while True:
+                if runner is None:
+                    runner = await RunnerProcess.start(preload=self._options.preload())
+                now = time.time()
+                job = await self._store.acquire(worker=worker, lease_s=LEASE_S, now=now)
+                if job is None:
+                    news = self._news
+                    with anyio.move_on_after(POLL_S):
+                        await news.wait()
+                    continue
+                if not await self._do(job, runner, worker):
+                    await runner.close()
+                    runner = None
+        finally:
+            if runner is not None:
+                await runner.close()
+
+    async def _do(self, job: Job, runner: RunnerProcess, worker: str) -> bool:
+        """Have `runner` do `job`; return whether the runner can take another one."""
+        spec = job.spec
+        logger = log.bind(job=spec.job_id, run=spec.run, checkpoint=spec.name, target=spec.target)
+        logger.info("job started", attempt=job.attempt, pipeline=spec.pipeline)
+        self._board.started(job, worker=worker)
+        try:
+            ending = await self._converse(job, runner, worker)
+        except LeaseLost:
+            logger.warning("lease lost, job left to its new worker")
+            return False
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await runner.close()
+                await self._release(spec.job_id, worker)
+            logger.info("job released", reason="the daemon stops")
+            raise
+        finally:
+            self._board.ended(spec.job_id)
+        return await self._settle(job, ending, runner, worker, logger)
+
+    async def _converse(
+        self, job: Job, runner: RunnerProcess, worker: str
+    ) -> progress.Finished | progress.Failed | None:
+        """Return how the runner says the job ended; None if it died without a word."""
+        spec = job.spec
+        start = progress.Start(
+            spec=spec,
+            work_path=str(housekeeping.work_path(self._options.state_path, spec.job_id)),
+            byte_budget=self._options.byte_budget,
+            num_threads=self._options.num_threads,
+            endpoint=self._options.endpoint,
+            attempt=job.attempt,
+        )
+        ending: progress.Finished | progress.Failed | None = None
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._keep_lease, spec.job_id, runner, worker)
+            if await runner.send(start):
+                try:
+                    async for report in runner.reports():
+                        self._board.reported(spec.job_id, report)
+                        if isinstance(report, progress.Finished | progress.Failed):
+                            ending = report
+                            break
+                except ValueError as error:
+                    log.error("runner wrote nonsense", job=spec.job_id, error=str(error))
+            group.cancel_scope.cancel()
+        return ending
+
+    async def _keep_lease(self, job_id: str, runner: RunnerProcess, worker: str) -> None:
+        asked = False
+        extended = time.monotonic()
+        while True:
+            await anyio.sleep(POLL_S)
+            job = await self._store.get(job_id)
+            if job.cancel_requested and not asked:
+                asked = True
+                await runner.send(progress.Cancel(reason="cancelled by hand"))
+            if time.monotonic() - extended > LEASE_S / 4:
+                await self._store.extend(job_id, worker=worker, lease_s=LEASE_S, now=time.time())
+                extended = time.monotonic()
+
+    async def _settle(
+        self,
+        job: Job,
+        ending: progress.Finished | progress.Failed | None,
+        runner: RunnerProcess,
+        worker: str,
+        logger: structlog.stdlib.BoundLogger,
+    ) -> bool:
+        """Record how the job ended and tidy up after it."""
+        job_id = job.spec.job_id
+        now = time.time()
+        if isinstance(ending, progress.Finished):
+            ended = await self._store.finish(job_id, ending.outcome, worker=worker, now=now)
+            outcome = ending.outcome
+            logger.info(
+                f"job {ended.state.value}",
+                commit=outcome.commit,
+                pull_request=outcome.pr_num,
+                git_tag=outcome.git_tag,
+                shards=outcome.num_shards,
+                seconds=round(outcome.duration_s, 2),
+                reason=outcome.reason,
+            )
+        elif ending is not None and ending.failure.code == "Cancelled":
+            ended = await self._release(job_id, worker)
+            logger.info(f"job {ended.state.value}", reason=ended.reason)
+        else:
+            failure = ending.failure if ending is not None else await self._death(runner)
+            ended = await self._store.fail(
+                job_id,
+                failure,
+                worker=worker,
+                limits=self._options.limits,
+                jitter=random.random(),  # noqa: S311 (spreads retries, guards nothing)
+                now=now,
+            )
+            logger.warning(
+                f"job {ended.state.value}",
+                error=failure.code,
+                reason=ended.reason,
+                next_try_s=None if ended.next_try_at is None else round(ended.next_try_at - now, 1),
+            )
+        await anyio.to_thread.run_sync(housekeeping.tidy, ended, self._options.state_path)
+        return ending is not None
+
+    async def _release(self, job_id: str, worker: str) -> Job:
+        return await self._store.release(
+            job_id, worker=worker, reason="stopped before it was done", now=time.time()
+        )
+
+    async def _death(self, runner: RunnerProcess) -> Failure:
+        await runner.close()
+        status = await runner.exit_status()
+        how = f"signal {-status}" if status < 0 else f"status {status}"
+        return Failure(
+            code="RunnerDied",
+            message=f"the runner process ended with {how}",
+            hint="out of memory or killed? the kernel's log says; the job goes on where it was",
+            retry=errors.Retry.LATER,
+        )

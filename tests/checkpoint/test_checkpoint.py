@@ -1,0 +1,193 @@
+"""Opening a folder: what is there is found, what is wrong is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.checkpoint.checkpoint import check_unchanged, open_checkpoint
+from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
+
+INDEX = "model.safetensors.index.json"
+
+
+def _edit_index(folder: Path, change: Any) -> None:
+    value = json.loads((folder / INDEX).read_text())
+    change(value)
+    (folder / INDEX).write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_every_tensor_is_found_with_its_bytes(shards: int, make_folder: Any, arrays: Any) -> None:
+    """Names, shapes and bytes are those that were saved, single or sharded."""
+    opened = open_checkpoint(make_folder(shards=shards))
+    assert set(opened.tensors) == set(arrays)
+    for name, tensor in opened.tensors.items():
+        raw = tensor.extent.path.read_bytes()
+        begin = tensor.extent.offset
+        assert raw[begin : begin + tensor.extent.nbytes] == arrays[name].tobytes()
+    assert opened.tensor_bytes == sum(array.nbytes for array in arrays.values())
+
+
+def test_side_files_travel_and_trainer_state_stays(make_folder: Any) -> None:
+    """Tokenizer, template and code travel; optimizer, scheduler, rng and arguments do not."""
+    folder = make_folder("checkpoint-7", step=7)
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "merges.txt"):
+        (folder / name).write_text("{}")
+    (folder / "rng_state_0.pth").write_bytes(b"x")
+    (folder / "weird.dat").write_bytes(b"x")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("x")
+
+    opened = open_checkpoint(folder)
+
+    assert {file.relpath for file in opened.side_files} == {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "additional_chat_templates/tool.jinja",
+    }
+    assert opened.left_out == ("weird.dat",)
+    assert (opened.layout, opened.step) == ("hf-trainer", 7)
+
+
+def test_assets_give_what_the_trainer_left_out(make_folder: Any, tmp_path: Path) -> None:
+    """config.json and tokenizer come from the assets folder; what the checkpoint has wins."""
+    folder, assets = make_folder(), tmp_path / "assets"
+    assets.mkdir()
+    shutil.move(folder / "config.json", assets / "config.json")
+    (assets / "tokenizer.json").write_text("assets")
+    (assets / "vocab.txt").write_text("assets")
+    (folder / "vocab.txt").write_text("own")
+
+    opened = open_checkpoint(folder, assets=assets)
+
+    assert opened.config["model_type"] == "llama"
+    assert {f.relpath: f.path.read_text() for f in opened.side_files} == {
+        "tokenizer.json": "assets",
+        "vocab.txt": "own",
+    }
+
+
+@pytest.mark.parametrize(
+    "shard", ["../../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "x"]
+)
+def test_an_index_that_leaves_the_folder_is_refused(shard: str, make_folder: Any) -> None:
+    """A weight_map may name files beside the index only."""
+    folder = make_folder(shards=2)
+    _edit_index(folder, lambda v: v["weight_map"].update({"lm_head.weight": shard}))
+    with pytest.raises(CheckpointCorrupt, match="beside the index") as caught:
+        open_checkpoint(folder)
+    assert caught.value.tensor == "lm_head.weight"
+
+
+def test_a_link_out_of_the_folder_is_not_followed(make_folder: Any, tmp_path: Path) -> None:
+    """A weight file that is a link to elsewhere counts as absent, unless a person allows it."""
+    folder = make_folder()
+    shutil.move(folder / "model.safetensors", tmp_path / "secret.safetensors")
+    (folder / "model.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    with pytest.raises(CheckpointIncomplete):
+        open_checkpoint(folder)
+    assert open_checkpoint(folder, within=tmp_path).tensors
+
+
+def test_a_missing_shard_is_named(make_folder: Any) -> None:
+    """The message says which shard, and how many of how many are there."""
+    folder = make_folder(shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointIncomplete, match=r"model-00002-of-00003.*expected 3.*found 2"):
+        open_checkpoint(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(make_folder: Any) -> None:
+    """Duplicate names across shards are refused with both shards."""
+    folder = make_folder(shards=2)
+    first, second = sorted(folder.glob("*.safetensors"))
+    shutil.copy(first, second)
+    _edit_index(folder, lambda v: None)
+    with pytest.raises(CheckpointCorrupt, match=r"two shards|disagree"):
+        open_checkpoint(folder)
+
+
+def test_an_index_that_names_an_absent_tensor_is_refused(make_folder: Any) -> None:
+    """The index may not promise what its shard does not hold."""
+    folder = make_folder(shards=2)
+    _edit_index(
+        folder, lambda v: v["weight_map"].update({"ghost": "model-00001-of-00002.safetensors"})
+    )
+    with pytest.raises(CheckpointCorrupt, match="ghost"):
+        open_checkpoint(folder)
+
+
+def test_the_newer_of_two_sets_of_weights_wins(make_folder: Any, arrays: Any) -> None:
+    """A single file left over beside newer shards is ignored, and the other way round."""
+    folder = make_folder(shards=2)
+    stale = folder / "model.safetensors"
+    shutil.copy(folder / "model-00001-of-00002.safetensors", stale)
+    os.utime(stale, (1, 1))
+    opened = open_checkpoint(folder)
+    assert set(opened.tensors) == set(arrays)
+    assert opened.notes
+
+    os.utime(stale)
+    os.utime(folder / INDEX, (1, 1))
+    assert set(open_checkpoint(folder).tensors) < set(arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pytorch_model.bin", "pickled"),
+        ("adapter_model.safetensors", "adapter"),
+        ("model.fp16.safetensors", "variant"),
+        ("__0_0.distcp", "distributed"),
+    ],
+)
+def test_weights_of_another_kind_are_refused_by_name(
+    name: str, words: str, make_folder: Any
+) -> None:
+    """The refusal names the file and says what to do."""
+    folder = make_folder()
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(CheckpointUnsupported, match=words) as caught:
+        open_checkpoint(folder)
+    assert caught.value.hint
+    assert caught.value.path.name == name
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error"),
+    [
+        (lambda f: (f / "config.json").unlink(), CheckpointIncomplete),
+        (lambda f: (f / "config.json").write_text("{"), CheckpointCorrupt),
+        (lambda f: (f / "config.json").write_text("[]"), CheckpointCorrupt),
+        (lambda f: shutil.rmtree(f), CheckpointIncomplete),
+        (lambda f: [p.unlink() for p in f.iterdir()], CheckpointIncomplete),
+    ],
+)
+def test_a_folder_without_its_essentials_is_refused(
+    break_it: Any, error: type[Exception], make_folder: Any
+) -> None:
+    """No config, a broken config, an empty folder, no folder: each says so."""
+    folder = make_folder()
+    break_it(folder)
+    with pytest.raises(error, match=str(folder)):
+        open_checkpoint(folder)
+
+
+def test_a_changed_source_shows_in_its_stamps(make_folder: Any) -> None:
+    """Rewriting a weight file in place or deleting it is noticed."""
+    folder = make_folder()
+    opened = open_checkpoint(folder)
+    assert check_unchanged(opened.stamps) is None
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    changed = check_unchanged(opened.stamps)
+    assert changed is not None
+    assert "model.safetensors" in changed

@@ -1,0 +1,48 @@
+"""What every test may use: a loopback Hub, and an environment that reaches no other."""
+
+# ruff: noqa: E402 - the environment is set before the imports that read it
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# huggingface_hub reads its environment while it is imported: this must come before that.
+os.environ.update(
+    HF_HOME=tempfile.mkdtemp(prefix="ckptd-tests-hf-"),
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
+    HF_ENDPOINT="http://127.0.0.1:9",  # discard: a test that forgets its endpoint fails at once
+    TOKENIZERS_PARALLELISM="false",
+)
+for _name in ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
+
+import pytest
+
+from ckptd.hub.local import server
+from ckptd.hub.local.accounts import EVERYWHERE, Account
+
+WRITE_TOKEN = "hf_write00000000000000000000000000000"
+READ_TOKEN = "hf_read000000000000000000000000000000"
+ADMIN_TOKEN = "hf_admin00000000000000000000000000000"
+STRANGER_TOKEN = "hf_stranger00000000000000000000000000"
+
+TOKENS = {
+    WRITE_TOKEN: Account(name="ckptd", role="write", orgs=(EVERYWHERE,)),
+    READ_TOKEN: Account(name="reader", role="read", orgs=(EVERYWHERE,)),
+    ADMIN_TOKEN: Account(name="root", role="admin"),
+    STRANGER_TOKEN: Account(name="stranger", role="write"),
+}
+"""`ckptd` may write everywhere, `reader` may see everything, `stranger` owns only its own."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[server.Running]:
+    """A Hub on loopback: `.url`, `.token` (write), `.root`, `.ledger`, `.faults`, `.store`."""
+    with server.running(root=tmp_path / "hub", tokens=TOKENS) as running:
+        yield running

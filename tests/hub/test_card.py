@@ -1,0 +1,120 @@
+"""Merging tags into a model card."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from ckptd import errors
+from ckptd.hub import card
+
+BODY = "# My model\n\nTrained on *everything*.   \n\n---\n\ntags: not these\n"
+
+
+def metadata(text: str) -> dict[str, object]:
+    front = text.split("---", 2)[1]
+    return YAML(typ="safe", pure=True).load(front) or {}
+
+
+def test_body_and_other_metadata_keep_every_byte() -> None:
+    """Only the lines that are asked for are new; comments, order and body stay."""
+    text = (
+        "---\nlicense: apache-2.0 # ours\ntags:\n  - llama   # the family\n  - en\n"
+        "model-index:\n- name: x\n  value: .nan\nlibrary_name: 'transformers'\n---\n" + BODY
+    )
+    merged = card.merge(text, tags=["ckptd", "en"])
+    assert merged == text.replace("  - en\n", "  - en\n  - ckptd\n")
+
+
+@pytest.mark.parametrize(
+    ("front", "expected"),
+    [
+        ("", ["a", "b"]),
+        ("tags:\n", ["a", "b"]),
+        ("tags: []\n", ["a", "b"]),
+        ("tags: ~\n", ["a", "b"]),
+        ("tags: x\n", ["x", "a", "b"]),
+        ("tags: [x, a]\n", ["x", "a", "b"]),
+        ("tags: [x, 'a, b',]\nlicense: mit\n", ["x", "a, b", "a", "b"]),
+        ("tags:\n- x\nlicense: mit\n", ["x", "a", "b"]),
+        ("license: mit\ntags:\n- x", ["x", "a", "b"]),
+        ("tags:\n- |-\n  x\nlicense: mit\n", ["x", "a", "b"]),
+        ("tags:\n- x\n\n# a comment\nlicense: mit\n", ["x", "a", "b"]),
+    ],
+)
+def test_tags_are_added_however_they_are_written(front: str, expected: list[str]) -> None:
+    """Block lists, flow lists, a single word and nothing at all take new tags; the rest stays."""
+    text = (
+        f"---\n{front}\n---\n{BODY}" if front and front[-1] != "\n" else f"---\n{front}---\n{BODY}"
+    )
+    merged = card.merge(text, tags=["a", "b"])
+    assert metadata(merged)["tags"] == expected
+    assert metadata(merged).get("license") == metadata(text).get("license")
+    assert merged.endswith(f"---\n{BODY}")
+
+
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=4))
+def test_any_tag_survives(tags: list[str]) -> None:
+    """A tag is read back as it was given, or the merge is refused; merging again changes nothing."""
+    try:
+        merged = card.merge("---\ntags: [x]\n---\nbody", tags=tags)
+    except errors.HubRejected:
+        return
+    assert metadata_exact(merged) == ["x", *dict.fromkeys(tag for tag in tags if tag != "x")]
+    assert card.merge(merged, tags=tags) == merged
+
+
+def metadata_exact(text: str) -> object:
+    match = card._FRONT_MATTER.match(text)
+    assert match is not None
+    return YAML(typ="safe", pure=True).load(match["yaml"])["tags"]
+
+
+@pytest.mark.parametrize("tag", ["yes", "12", "a: b", "it's", "- x", "#x", "null", "1e3", "é"])
+def test_awkward_tags_stay_strings(tag: str) -> None:
+    """A tag that YAML would read as something else is quoted."""
+    assert metadata_exact(card.merge("---\n---\n", tags=[tag])) == [tag]
+
+
+def test_a_card_without_front_matter_gets_one() -> None:
+    """The text below stays as it is."""
+    merged = card.merge(BODY, tags=["ckptd"])
+    assert merged.endswith(f"---\n{BODY}")
+    assert metadata(merged) == {"library_name": "transformers", "tags": ["ckptd"]}
+
+
+def test_an_absent_card_is_made() -> None:
+    """A repo without a card gets a short one with the tags and the library."""
+    merged = card.merge(None, tags=["ckptd"], name="tiny")
+    assert metadata(merged) == {"library_name": "transformers", "tags": ["ckptd"]}
+    assert "# tiny" in merged
+
+
+def test_windows_line_ends_stay() -> None:
+    """A card written with CRLF keeps CRLF everywhere, the new lines included."""
+    text = "---\r\ntags:\r\n- x\r\n---\r\nbody\r\n"
+    merged = card.merge(text, tags=["y"])
+    assert "\n" not in merged.replace("\r\n", "")
+    assert metadata(merged)["tags"] == ["x", "y"]
+
+
+def test_no_tags_change_nothing() -> None:
+    """Without tags even a broken card is left alone."""
+    assert card.merge("---\n: : :\n---\n", tags=[]) == "---\n: : :\n---\n"
+
+
+def test_another_library_stays() -> None:
+    """A library_name that is there is not overwritten."""
+    text = "---\nlibrary_name: timm\n---\n"
+    assert metadata(card.merge(text, tags=["x"]))["library_name"] == "timm"
+
+
+@pytest.mark.parametrize(
+    "front", ["tags: [x\n", "- a\n- b\n", "{tags: [x]}\n", "a: &t [x]\ntags: *t\n", "a: 1\na: 2\n"]
+)
+def test_cards_that_cannot_be_edited_are_refused(front: str) -> None:
+    """Broken, foreign or aliased front matter is refused by name, with what to do."""
+    with pytest.raises(errors.HubRejected, match=r"README\.md.*correct the card"):
+        card.merge(f"---\n{front}---\n", tags=["y"])

@@ -1,0 +1,80 @@
+"""YAML with places: what is refused before any field is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptd import errors
+from ckptd.pipeline import locate
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "p.yaml:1:1: must be a mapping (lines of key: value)"),
+        ("- a", "p.yaml:1:1: must be a mapping (lines of key: value)"),
+        ("a: 1\nb: 2\na: 3", "p.yaml:3:1: a: given twice, first in line 1"),
+        ("a: &x 1\nb: *x", "p.yaml:2:1: b: aliases are not taken: write the value out"),
+        ("a: !!python/object:os.system x", "p.yaml:1:4: a: the tag"),
+        ("a: !mine {b: 1}", "p.yaml:1:4: a: the tag !mine is not taken"),
+        ("5: a", "p.yaml:1:1: a key must be text"),
+        ("a:\n\t- b", "p.yaml:2:1: not YAML"),
+        ("a: [1", "p.yaml:1:"),
+        ("a: 1\n---\nb: 2", "p.yaml:2:1: not YAML"),
+        ("a: \x00", "p.yaml:1:1: not YAML"),
+        ("[" * 5000, "p.yaml:1:"),
+    ],
+)
+def test_unreadable_text(text: str, problem: str) -> None:
+    """What is not one plain mapping is refused with its place."""
+    with pytest.raises(errors.DefinitionError) as caught:
+        locate.parse(text, "p.yaml")
+    assert str(caught.value).startswith(problem)
+
+
+def test_all_repeats_are_named() -> None:
+    """Duplicate keys do not hide each other."""
+    with pytest.raises(errors.DefinitionError) as caught:
+        locate.parse("a: 1\na: 2\nb:\n  c: 1\n  c: 2\n", "p.yaml")
+    assert [(p.line, p.column, p.field) for p in caught.value.problems] == [
+        (2, 1, "a"),
+        (5, 3, "b.c"),
+    ]
+
+
+def test_yaml_is_version_1_2() -> None:
+    """Words stay words, leading zeros stay decimal, exponents are numbers, dates are text."""
+    document = locate.parse("a: yes\nb: 010\nc: 1e-5\nd: 2026-01-31\ne: null\n", "p.yaml")
+    assert document.data == {"a": "yes", "b": 10, "c": 1e-5, "d": "2026-01-31", "e": None}
+
+
+def test_nearest_place() -> None:
+    """What has no place of its own is reported at what encloses it."""
+    document = locate.parse("a:\n  - b: 1\n", "p.yaml")
+    assert document.place(("a", 0, "b")) == locate.Place(line=2, column=8)
+    assert document.place(("a", 0, "b"), of_key=True) == locate.Place(line=2, column=5)
+    assert document.place(("a", 0, "zzz")) == locate.Place(line=2, column=5)
+    assert document.place(("zzz",)) == locate.Place(line=1, column=1)
+
+
+def test_files_that_are_no_text(tmp_path: Path) -> None:
+    """A binary or huge file is refused by name and line."""
+    path = tmp_path / "p.yaml"
+    path.write_bytes(b"a: 1\nb: \xff\n")
+    with pytest.raises(errors.DefinitionError, match=r"p\.yaml:2:1: not UTF-8 text"):
+        locate.read(path)
+    path.write_bytes(b"a" * (locate.MAX_BYTES + 1))
+    with pytest.raises(errors.DefinitionError, match="larger than 1 MiB"):
+        locate.read(path)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    """No text makes the reader fail in another way."""
+    with contextlib.suppress(errors.DefinitionError):
+        assert isinstance(locate.parse(text, "p.yaml").data, dict)

@@ -1,0 +1,115 @@
+"""The settle machine, against a model of what quiet means."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptd.checkpoint.listing import Fingerprint
+from ckptd.watch import settle
+from ckptd.watch.settle import Change, State, Track
+
+QUIET_S = 10.0
+
+
+def fingerprint(version: int) -> Fingerprint:
+    return (("model.safetensors", 1, version, version),)
+
+
+def play(observations: list[tuple[float, int | None]]) -> list[tuple[Change, ...]]:
+    """Return what each observation (time, version or None for gone) means."""
+    track: Track | None = None
+    told = []
+    for now, version in observations:
+        track, changes = settle.observe(
+            track, None if version is None else fingerprint(version), now=now, quiet_s=QUIET_S
+        )
+        told.append(changes)
+    return told
+
+
+def test_settles_once_after_the_quiet_period() -> None:
+    """A candidate is seen at once, settles when it was quiet for long enough, and says so once."""
+    assert play([(0, 1), (5, 1), (10, 1), (20, 1)]) == [
+        (Change.SEEN,),
+        (),
+        (Change.SETTLED,),
+        (),
+    ]
+
+
+def test_every_change_starts_the_quiet_period_again() -> None:
+    """While files change nothing settles, however long it takes."""
+    assert play([(0, 1), (9, 2), (18, 3), (27, 3), (28, 3)]) == [
+        (Change.SEEN,),
+        (Change.CHANGED,),
+        (Change.CHANGED,),
+        (),
+        (Change.SETTLED,),
+    ]
+
+
+def test_rewritten_after_it_settled() -> None:
+    """A resumed run that rewrites a settled folder makes it settle a second time."""
+    told = play([(0, 1), (10, 1), (50, 2), (55, 2), (60, 2)])
+    assert told == [(Change.SEEN,), (Change.SETTLED,), (Change.CHANGED,), (), (Change.SETTLED,)]
+
+
+def test_gone_and_back() -> None:
+    """A folder that was gone begins anew, also with the same content."""
+    assert play([(0, 1), (10, 1), (11, None), (12, None), (13, 1)]) == [
+        (Change.SEEN,),
+        (Change.SETTLED,),
+        (Change.VANISHED,),
+        (),
+        (Change.SEEN,),
+    ]
+
+
+def test_no_quiet_period() -> None:
+    """With a quiet period of nothing, first sight settles."""
+    track, changes = settle.observe(None, fingerprint(1), now=0.0, quiet_s=0.0)
+    assert changes == (Change.SEEN, Change.SETTLED)
+    assert track is not None
+    assert settle.due_at(track, quiet_s=0.0) is None
+
+
+def test_rearmed_candidate_settles_again() -> None:
+    """Whoever could not use a settled candidate can ask to be told once more."""
+    track, _ = settle.observe(None, fingerprint(1), now=0.0, quiet_s=0.0)
+    assert track is not None
+    again = settle.rearm(track, now=5.0)
+    assert settle.due_at(again, quiet_s=QUIET_S) == 15.0
+    _, changes = settle.observe(again, fingerprint(1), now=15.0, quiet_s=QUIET_S)
+    assert changes == (Change.SETTLED,)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 15), st.none() | st.integers(0, 2)), min_size=1, max_size=30)
+)
+def test_what_is_told_agrees_with_the_observations(steps: list[tuple[float, int | None]]) -> None:
+    """Settled is said exactly when the version stood for the quiet period and was not said yet."""
+    track: Track | None = None
+    now = 0.0
+    version_before: int | None = None
+    since = 0.0
+    said = False
+    for pause, version in steps:
+        now += pause
+        track, changes = settle.observe(
+            track, None if version is None else fingerprint(version), now=now, quiet_s=QUIET_S
+        )
+        if version != version_before:
+            since, said = now, False
+        expect_settled = version is not None and not said and now - since >= QUIET_S
+        said = said or expect_settled
+        assert (Change.SETTLED in changes) == expect_settled
+        assert (Change.SEEN in changes) == (version is not None and version_before is None)
+        assert (Change.VANISHED in changes) == (version is None and version_before is not None)
+        assert (Change.CHANGED in changes) == (
+            None not in (version, version_before) and version != version_before
+        )
+        assert (track is None) == (version is None)
+        if track is not None:
+            assert (track.state is State.SETTLED) == said
+        version_before = version
