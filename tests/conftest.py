@@ -46,3 +46,9 @@ def hub(tmp_path: Path) -> Iterator[server.Running]:
     """A Hub on loopback: `.url`, `.token` (write), `.root`, `.ledger`, `.faults`, `.store`."""
     with server.running(root=tmp_path / "hub", tokens=TOKENS) as running:
         yield running
+
+
+@pytest.fixture
+def hub_tokens() -> dict[str, Account]:
+    """Token -> account, for a test that starts a Hub of its own."""
+    return dict(TOKENS)

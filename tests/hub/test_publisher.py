@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -539,6 +540,45 @@ async def test_a_killed_pull_request_is_finished(bench: Bench, method: str, path
     assert done.commit == bench.api.repo_info(REPO, revision="refs/pr/1").sha
 
 
+@pytest.mark.parametrize("path", ["/repos/create", "/branch/", "/commit/", "/tag/", "/preupload/"])
+async def test_a_killed_push_is_finished(bench: Bench, path: str) -> None:
+    """A push that ends right after any of its writes is taken up: one commit, tagged, on its branch."""
+
+    def killed(request: httpx2.Request, forward: Callable[[], httpx2.Response]) -> httpx2.Response:
+        forward()
+        raise ZeroDivisionError
+
+    target = replace(TARGET, revision="step-100", git_tag="v100")
+    bench.wire.on("POST", path, killed)
+    with pytest.raises((ZeroDivisionError, ExceptionGroup)):
+        await bench.push(bench.files(), target)
+    done = await bench.push(bench.files(), target)
+    assert bench.commits("step-100").count("run at step 100") == 1
+    tags = {tag.name: tag.target_commit for tag in bench.api.list_repo_refs(REPO).tags}
+    assert tags == {"v100": done.commit}
+
+
+async def test_two_pushes_at_once_both_land(bench: Bench) -> None:
+    """Two writers of one branch: the Hub's parent check picks an order, and neither is lost."""
+    bench.api.create_repo(REPO)
+    one = replace(TARGET, commit_message="first")
+    two = replace(TARGET, commit_message="second")
+    both_ready = threading.Barrier(2, timeout=10)
+    bench.wire.on("POST", "/commit/", bench.wire.after(both_ready.wait), times=2)
+    async with anyio.create_task_group() as group:
+        group.start_soon(bench.push, [bench.file("a.json", b"1")], one, "p1")
+        group.start_soon(bench.push, [bench.file("b.json", b"2")], two, "p2")
+    assert sorted(bench.commits()[:2]) == ["first", "second"]
+    assert bench.paths() == {"a.json", "b.json", "README.md"}
+
+
+async def test_no_tags_make_no_card(bench: Bench) -> None:
+    """Without tags a push adds no README.md of its own."""
+    files = bench.files()
+    await bench.push(files, replace(TARGET, card_tags=()))
+    assert bench.paths() == {file.path_in_repo for file in files}
+
+
 async def test_two_pushes_are_two_pull_requests(bench: Bench) -> None:
     """Another push with the same title gets a pull request of its own."""
     first = await bench.push(bench.files(), PR)
@@ -596,7 +636,8 @@ async def test_xet_publishes_the_same(
     """Over Xet: the same one commit, the same sha256, progress up to the size, no LFS upload."""
     pytest.importorskip("hf_xet")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
-    files = bench.files()
+    # hf_xet remembers what it sent to any Hub of this name: new content for every run.
+    files = bench.files(seed=os.urandom(8).hex())
     done = await bench.push(files, replace(TARGET, create_pr=create_pr))
     assert bench.happened(Happening.XET_OFF) == []
     assert bench.wire.count("PUT") == 0

@@ -105,6 +105,12 @@ def test_wrapped_failures_are_unwrapped() -> None:
     assert not translate.is_xet_failure(error)
 
 
+def test_signed_urls_lose_their_signature() -> None:
+    """hf_xet puts the whole URL into its text; the query of a storage URL is a credential."""
+    error = ours(RuntimeError(f"request to {SIGNED} failed"))
+    assert "https://storage.example/bucket/oid failed" in str(error)
+
+
 @pytest.mark.parametrize("exc", [ConnectionError("404"), TimeoutError("t"), RuntimeError("xorb")])
 def test_xet_failures_are_builtins(exc: Exception) -> None:
     """What hf_xet raises is unavailable, and known to come from there."""

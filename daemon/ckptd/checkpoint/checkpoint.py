@@ -101,6 +101,13 @@ def open_checkpoint(
     )
 
 
+def identifying_files(source: Checkpoint) -> list[tuple[str, Path]]:
+    """Return the files whose content identifies the checkpoint: weights, config, side files."""
+    files = [(path.name, path) for path in source.stamps]
+    files.append((source.config_path.name, source.config_path))
+    return files + [(file.relpath, file.path) for file in source.side_files]
+
+
 def check_unchanged(stamps: Mapping[Path, FileStamp]) -> str | None:
     """Return what changed among the files of `stamps`, as text, or None if nothing did."""
     for path, stamp in stamps.items():

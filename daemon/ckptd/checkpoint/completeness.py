@@ -87,18 +87,21 @@ def examine(
     done_file: str | None = None,
     assets: Path | None = None,
     folder: Path | None = None,
+    seen: Listing | None = None,
 ) -> Facts:
     """Return the facts of the folder at `path`; reads headers and small JSON files only.
 
-    `folder` is the name the trainer gave it, where `path` is a pin of it.
+    Where `path` is a pin, `folder` is what the trainer calls it and `seen` what is in the trainer's
+    folder: half-written files are not pinned, but they are a veto.
 
     Raises:
         OSError: a listed file can no longer be opened (it vanished).
     """
     named = path if folder is None else folder
     names = [file.relpath for file in listing.files]
+    seen_names = names if seen is None else [file.relpath for file in seen.files]
     chosen, reason = layouts.choose(named, listing, layout)
-    vetoes = tuple(n for n in names if _vetoed(Path(n).name))
+    vetoes = tuple(n for n in seen_names if _vetoed(Path(n).name))
     missing: CheckpointIncomplete | None = None
     error: CheckpointRefused | None = None
     weight_names: tuple[str, ...] = ()
@@ -125,7 +128,7 @@ def examine(
         marker_is_stale=marker is not None and ages.get(marker.name, newest) < newest,
         done_file=done_file,
         done_file_there=done_file is not None
-        and any(fnmatch.fnmatchcase(name, done_file) for name in names),
+        and any(fnmatch.fnmatchcase(name, done_file) for name in seen_names),
     )
 
 

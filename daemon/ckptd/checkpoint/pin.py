@@ -13,9 +13,10 @@ from __future__ import annotations
 import enum
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from ckptd.errors import NoSpace, StorageFailed
 
 FOLDER_NAME = ".ckptd"
 """The folder beside the watched checkpoints that holds pins; invisible to the globs."""
+ORIGIN_NAME = ".ckptd-origin.json"
+"""The file in a pin that says which folder it is a pin of."""
 _FICLONE = 0x40049409
 """ioctl of linux/fs.h: make one file a reflink of another."""
 _NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES}
@@ -117,9 +120,32 @@ def refresh(source: Path, listing: Listing, pin_path: Path, method: PinMethod) -
 def prune(pin_path: Path, listing: Listing) -> None:
     """Remove pinned files that `listing`, the final state of the source, no longer has."""
     names = {file.relpath for file in listing.files}
+    names.add(ORIGIN_NAME)
     for path in sorted(pin_path.rglob("*"), reverse=True):
         if not path.is_dir() and path.relative_to(pin_path).as_posix() not in names:
             path.unlink(missing_ok=True)
+
+
+def write_origin(pin_path: Path, origin: Mapping[str, str]) -> None:
+    """Note in the pin where it comes from, so that a restart can tell.
+
+    Raises:
+        NoSpace, StorageFailed: the pin folder cannot be written.
+    """
+    try:
+        pin_path.mkdir(parents=True, exist_ok=True)
+        (pin_path / ORIGIN_NAME).write_text(json.dumps(dict(origin)))
+    except OSError as error:
+        raise _translated(error, pin_path, 0) from error
+
+
+def read_origin(pin_path: Path) -> dict[str, str] | None:
+    """Return what `write_origin` noted; None where there is nothing readable."""
+    try:
+        value = json.loads((pin_path / ORIGIN_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def release(pin_path: Path) -> None:

@@ -31,6 +31,7 @@ TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 
 LONGEST_SERVER_TEXT_CHARS = 300
 
 _SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+")
+_QUERY = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\")]+")
 _LOGIN = "set HF_TOKEN (or log in with `hf auth login`) to a token with write access; {keep}"
 _KEEP = "the push goes on from where it stands once the token is good"
 
@@ -188,8 +189,8 @@ def _unreachable(exc: BaseException, what: str, repo_id: str | None) -> errors.H
 
 
 def _clean(text: str) -> str:
-    """Return one line of bounded length without anything that looks like a token."""
-    line = _SECRET.sub("***", " ".join(text.split()))
+    """Return one line of bounded length without tokens or signed URLs."""
+    line = _QUERY.sub(r"\1", _SECRET.sub("***", " ".join(text.split())))
     if len(line) > LONGEST_SERVER_TEXT_CHARS:
         return line[: LONGEST_SERVER_TEXT_CHARS - 1] + "…"
     return line

@@ -36,7 +36,7 @@ from pydantic import (
 
 from ckptd import errors, units
 from ckptd.checkpoint import layouts
-from ckptd.pipeline import complaints, locate, names, placeholders
+from ckptd.pipeline import complaints, locate, names, placeholders, registry
 from ckptd.pipeline.complaints import StageKind
 
 MAIN = "main"
@@ -361,11 +361,7 @@ def pipeline_digest(definition: Definition) -> str:
 
 def known_stages(stages: Mapping[str, StageKind] | None) -> Mapping[str, StageKind]:
     """Return `stages`, or those of the registry."""
-    if stages is not None:
-        return stages
-    from ckptd.pipeline import registry
-
-    return registry.STAGES
+    return registry.STAGES if stages is None else stages
 
 
 def _stages(info: ValidationInfo) -> Mapping[str, StageKind]:

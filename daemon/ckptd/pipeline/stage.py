@@ -64,3 +64,5 @@ class Stage:
     plan: Callable[[Draft, Any, StageContext], Draft]
     rank: int | None = None
     repeatable: bool = False
+    computes: bool = False
+    """Whether it may need torch: a runner that is started ahead imports it then."""

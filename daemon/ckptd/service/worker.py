@@ -19,15 +19,13 @@ import structlog
 from ckptd import errors
 from ckptd.jobs import progress
 from ckptd.jobs.job import Failure, Job, RetryLimits
-from ckptd.jobs.store import JobStore, LeaseLost
+from ckptd.jobs.store import JobStore
 from ckptd.service import housekeeping
 from ckptd.service.board import Board
 from ckptd.service.runners import RunnerProcess
 
 log = structlog.get_logger()
 
-LEASE_S = 60.0
-"""How long a job stays ours without a sign of life."""
 POLL_S = 2.0
 """How soon a change made by another process (`ckptd jobs retry`) is noticed."""
 
@@ -41,6 +39,8 @@ class WorkerOptions:
     byte_budget: int
     num_threads: int
     endpoint: str | None
+    lease_s: float
+    """How long a job stays ours without a sign of life."""
     limits: RetryLimits
     preload: Callable[[], bool]
     """Whether a definition in use computes, so that a runner should import torch ahead."""
@@ -74,7 +74,9 @@ class Worker:
                 if runner is None:
                     runner = await RunnerProcess.start(preload=self._options.preload())
                 now = time.time()
-                job = await self._store.acquire(worker=worker, lease_s=LEASE_S, now=now)
+                job = await self._store.acquire(
+                    worker=worker, lease_s=self._options.lease_s, now=now
+                )
                 if job is None:
                     news = self._news
                     with anyio.move_on_after(POLL_S):
@@ -93,11 +95,13 @@ class Worker:
         logger = log.bind(job=spec.job_id, run=spec.run, checkpoint=spec.name, target=spec.target)
         logger.info("job started", attempt=job.attempt, pipeline=spec.pipeline)
         self._board.started(job, worker=worker)
+        ending: progress.Finished | progress.Failed | None = None
+        lost = False
         try:
-            ending = await self._converse(job, runner, worker)
-        except LeaseLost:
-            logger.warning("lease lost, job left to its new worker")
-            return False
+            try:
+                ending = await self._converse(job, runner, worker)
+            except* errors.LeaseLost:
+                lost = True
         except anyio.get_cancelled_exc_class():
             with anyio.CancelScope(shield=True):
                 await runner.close()
@@ -106,6 +110,9 @@ class Worker:
             raise
         finally:
             self._board.ended(spec.job_id)
+        if lost:
+            logger.warning("lease lost, job left to its new worker")
+            return False
         return await self._settle(job, ending, runner, worker, logger)
 
     async def _converse(
@@ -137,7 +144,7 @@ class Worker:
         return ending
 
     async def _keep_lease(self, job_id: str, runner: RunnerProcess, worker: str) -> None:
-        asked = False
+        asked, lease_s = False, self._options.lease_s
         extended = time.monotonic()
         while True:
             await anyio.sleep(POLL_S)
@@ -145,8 +152,8 @@ class Worker:
             if job.cancel_requested and not asked:
                 asked = True
                 await runner.send(progress.Cancel(reason="cancelled by hand"))
-            if time.monotonic() - extended > LEASE_S / 4:
-                await self._store.extend(job_id, worker=worker, lease_s=LEASE_S, now=time.time())
+            if time.monotonic() - extended > lease_s / 4:
+                await self._store.extend(job_id, worker=worker, lease_s=lease_s, now=time.time())
                 extended = time.monotonic()
 
     async def _settle(

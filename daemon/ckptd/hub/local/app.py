@@ -14,12 +14,22 @@ from ckptd.hub.local import accounts, refusal, wire
 from ckptd.hub.local.accounts import Account
 from ckptd.hub.local.blobs import write_durably
 from ckptd.hub.local.options import Choices, Hub
-from ckptd.hub.local.routes import account, discussions, downloads, files, refs, repos, uploads
+from ckptd.hub.local.routes import (
+    account,
+    browser,
+    discussions,
+    downloads,
+    files,
+    refs,
+    repos,
+    uploads,
+    xet,
+)
 from ckptd.hub.local.store import Store
 from ckptd.hub.local.traffic import FaultHook, Ledger, Traffic
-from ckptd.hub.local.xet import XetFolder
+from ckptd.hub.local.xet import XetStore
 
-ROOMS = (account, repos, files, refs, discussions, uploads, downloads)
+ROOMS = (account, repos, files, refs, discussions, uploads, xet, downloads, browser)
 """Modules with routes, in the order in which they are tried."""
 
 
@@ -45,7 +55,7 @@ def create_app(
         store=store,
         accounts=accounts.open_accounts(store.root, tokens),
         secret=_secret(store),
-        xet=XetFolder(store.root / "xet") if choices.xet else None,
+        xet=XetStore(store.root / "xet") if choices.xet else None,
         choices=choices,
     )
     app = Starlette(

@@ -66,12 +66,28 @@ class Blobs:
     @contextmanager
     def receive(self) -> Iterator[Incoming]:
         """Open a new temporary file; it is removed at the end unless it was kept."""
-        name = self._incoming / f"{secrets.token_hex(8)}.part"
+        name = self.unused_name()
         with name.open("xb") as file:
             try:
                 yield Incoming(self, file, name)
             finally:
                 name.unlink(missing_ok=True)
+
+    def adopt(self, path: Path, sha256: str, size: int) -> None:
+        """Take a file that lies on this filesystem, once it is what it should be.
+
+        Raises:
+            refusal.Refused: 400, it is not.
+        """
+        with path.open("rb+") as file:
+            incoming = Incoming(self, file, path)
+            while chunk := file.read(READ_BYTES):
+                incoming.count(chunk)
+            incoming.keep(sha256, size)
+
+    def unused_name(self) -> Path:
+        """Return a name in `incoming/` that nothing has; what is left there goes at the next start."""
+        return self._incoming / f"{secrets.token_hex(8)}.part"
 
     @contextmanager
     def part(self, upload_id: str, offset: int) -> Iterator[BinaryIO]:
@@ -89,18 +105,12 @@ class Blobs:
                 parts are removed then, since they can never become right.
         """
         name = self._parts(upload_id)
+        if not name.exists():
+            raise refusal.Refused(404, "no such multipart upload")
         try:
-            file = name.open("rb+")
-        except FileNotFoundError:
-            raise refusal.Refused(404, "no such multipart upload") from None
-        with file:
-            try:
-                incoming = Incoming(self, file, name)
-                while chunk := file.read(READ_BYTES):
-                    incoming.count(chunk)
-                incoming.keep(sha256, size)
-            finally:
-                name.unlink(missing_ok=True)
+            self.adopt(name, sha256, size)
+        finally:
+            name.unlink(missing_ok=True)
 
     def _parts(self, upload_id: str) -> Path:
         if not _SHA256.fullmatch(upload_id):
@@ -139,9 +149,17 @@ class Incoming:
         found = self._hash.hexdigest()
         if found != sha256:
             raise refusal.bad_request(f"BadDigest: announced sha256 {sha256}, received {found}")
+        self.place(self._blobs.path(sha256))
+
+    def flushed(self) -> Path:
+        """Return where the content is now, with all that was written readable there."""
+        self._file.flush()
+        return self._path
+
+    def place(self, final: Path) -> None:
+        """Make the content durable under the name `final`, unchecked."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        final = self._blobs.path(sha256)
         if not final.parent.exists():
             final.parent.mkdir(exist_ok=True)
             sync_folder(final.parent.parent)

@@ -7,7 +7,7 @@ a commit is only names. A refused commit changes nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptd.hub.local import discussions, history, names, refusal
@@ -15,11 +15,9 @@ from ckptd.hub.local.accounts import Account
 from ckptd.hub.local.names import RepoId
 from ckptd.hub.local.store import Store
 from ckptd.hub.local.values import Commit, File, Repo, git_oid, pointer
+from ckptd.hub.local.xet import XetStore
 
 _PARENT = re.compile(r"[0-9a-f]{5,40}")
-
-XetLookup = Callable[[str], "tuple[str, int] | None"]
-"""Returns the Xet hash and the size of a sha256, or None where Xet storage has no such file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +58,14 @@ def regular_file(store: Store, content: bytes) -> File:
     return File(oid=git_oid(content), sha256=sha256, size=len(content), lfs=False)
 
 
-def lfs_file(store: Store, sha256: str, size: int | None, *, xet: XetLookup | None) -> File:
+def lfs_file(store: Store, sha256: str, size: int | None, *, xet: XetStore | None) -> File:
     """Return the file for content that was uploaded before.
 
     Raises:
         refusal.Refused: 400, the content never arrived, or has another size.
     """
-    in_xet = xet(sha256) if xet is not None else None
-    found = in_xet[1] if in_xet else store.blobs.size(sha256)
+    in_xet = xet.find(sha256) if xet is not None else None
+    found = in_xet.size if in_xet else store.blobs.size(sha256)
     if found is None:
         raise refusal.bad_request(
             f"LFS pointer pointed to a file that does not exist: sha256:{sha256}"
@@ -79,7 +77,7 @@ def lfs_file(store: Store, sha256: str, size: int | None, *, xet: XetLookup | No
         sha256=sha256,
         size=found,
         lfs=True,
-        xet_hash=in_xet[0] if in_xet else None,
+        xet_hash=in_xet.hash if in_xet else None,
     )
 
 

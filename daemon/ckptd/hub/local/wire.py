@@ -28,6 +28,8 @@ from ckptd.hub.local.names import RepoId
 from ckptd.hub.local.options import Hub
 from ckptd.hub.local.values import Commit, Repo
 
+WRITE_BYTES = 1024 * 1024
+"""Hashed and written in one go, in a worker thread."""
 LONGEST_BODY_BYTES = 16 * 1024 * 1024
 """Of requests that are read as a whole; commits and content stream."""
 
@@ -121,12 +123,22 @@ class Call:
         return refusal.no_repo(anonymous=self.account is accounts.ANONYMOUS)
 
 
-def route(hub: Hub, path: str, methods: str, endpoint: Endpoint | StreamingEndpoint) -> Route:
-    """Return a starlette route for an endpoint; `methods` are separated by spaces."""
+def route(
+    hub: Hub,
+    path: str,
+    methods: str,
+    endpoint: Endpoint | StreamingEndpoint,
+    *,
+    accounts_matter: bool = True,
+) -> Route:
+    """Return a starlette route for an endpoint; `methods` are separated by spaces.
+
+    Where accounts do not matter, the endpoint checks a signature or a token of its own kind.
+    """
 
     async def answer(request: Request) -> Response:
         try:
-            call = _call(hub, request)
+            call = _call(hub, request, known=accounts_matter)
             if inspect.iscoroutinefunction(endpoint):
                 answered: Response = await endpoint(call, request)
                 return answered
@@ -150,6 +162,29 @@ async def read_body(request: Request, *, limit: int = LONGEST_BODY_BYTES) -> byt
     return bytes(body)
 
 
+async def store_body(
+    call: Call, request: Request, write: Callable[[bytes], None], *, size: int
+) -> int:
+    """Stream the body to `write` in large pieces and return its length.
+
+    Raises:
+        refusal.Refused: 400, it is longer than `size`.
+    """
+    held = bytearray()
+    received = 0
+    async for chunk in request.stream():
+        held += chunk
+        received += len(chunk)
+        if received > size:
+            raise refusal.bad_request(f"More than the announced {size} bytes arrived")
+        if len(held) >= WRITE_BYTES:
+            await anyio.to_thread.run_sync(write, bytes(held), limiter=call.hub.threads)
+            held.clear()
+    if held:
+        await anyio.to_thread.run_sync(write, bytes(held), limiter=call.hub.threads)
+    return received
+
+
 def refused_answer(refused: refusal.Refused) -> Response:
     """Return the error answer: the code in a header, the text in a header and in JSON."""
     text = refused.message.encode("ascii", "replace").decode().replace("\n", " ").replace("\r", " ")
@@ -159,8 +194,8 @@ def refused_answer(refused: refusal.Refused) -> Response:
     return JSONResponse({"error": refused.message, **refused.extra}, refused.status, headers)
 
 
-def _call(hub: Hub, request: Request) -> Call:
-    authorization = request.headers.get("authorization")
+def _call(hub: Hub, request: Request, *, known: bool) -> Call:
+    authorization = request.headers.get("authorization") if known else None
     return Call(
         hub=hub,
         account=accounts.identify(authorization, hub.accounts),

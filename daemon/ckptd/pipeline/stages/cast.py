@@ -115,4 +115,5 @@ STAGE = Stage(
     options=CastOptions,
     plan=plan,
     rank=50,
+    computes=True,
 )

@@ -161,4 +161,5 @@ STAGE = Stage(
     options=ResizeOptions,
     plan=plan,
     rank=20,
+    computes=True,
 )

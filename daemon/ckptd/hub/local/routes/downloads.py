@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from ckptd.hub.local import history, refusal
 from ckptd.hub.local.options import Hub
+from ckptd.hub.local.routes import xet
 from ckptd.hub.local.values import File, Repo
 from ckptd.hub.local.wire import Call, route
 
@@ -64,9 +65,19 @@ async def _fetched(call: Call, file: File) -> None:
         return
     if call.hub.xet is None or file.xet_hash is None:
         raise refusal.Refused(500, f"The content sha256:{file.sha256} is lost")
-    await anyio.to_thread.run_sync(
-        call.hub.xet.fetch, call.hub.store.blobs, file, limiter=call.hub.threads
-    )
+    await anyio.to_thread.run_sync(_unpack, call, file, limiter=call.hub.unpackers)
+
+
+def _unpack(call: Call, file: File) -> None:
+    blobs = call.hub.store.blobs
+    if blobs.size(file.sha256) is not None:
+        return
+    name = blobs.unused_name()
+    try:
+        xet.unpack(call, file, name)
+        blobs.adopt(name, file.sha256, file.size)
+    finally:
+        name.unlink(missing_ok=True)
 
 
 def _head(call: Call, file: File, headers: dict[str, str]) -> Response:

@@ -169,8 +169,7 @@ def _operation(call: Call, line: bytes) -> commits.Operation:
         case "lfsFile":
             large = _value(LfsFile, parsed)
             names.path(large.path)
-            xet = call.hub.xet.find if call.hub.xet else None
-            file = commits.lfs_file(store, large.oid, large.size, xet=xet)
+            file = commits.lfs_file(store, large.oid, large.size, xet=call.hub.xet)
             return commits.Put(path=large.path, file=file)
         case "deletedFile" | "deletedFolder":
             path = _value(DeletedPath, parsed).path.rstrip("/")

@@ -1,4 +1,4 @@
-"""Endpoints that take content: the LFS batch, its uploads (whole or in parts), Xet tokens.
+"""Endpoints that take content: the LFS batch, and its uploads, whole or in parts.
 
 Upload links carry a signature over what may be uploaded there and until when, like a storage
 service's; they need no token. A link stays good over a restart. Bodies stream to disk.
@@ -12,7 +12,6 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlencode
 
@@ -25,12 +24,9 @@ from starlette.routing import Route
 from ckptd.hub.local import refusal
 from ckptd.hub.local.options import Hub
 from ckptd.hub.local.routes.repos import REPO
-from ckptd.hub.local.wire import Call, route
+from ckptd.hub.local.wire import Call, route, store_body
 
 LINK_LIFETIME_S = 24 * 3600
-XET_TOKEN_LIFETIME_S = 3600
-WRITE_BYTES = 1024 * 1024
-"""Hashed and written in one go, in a worker thread."""
 MOST_PARTS = 10_000
 
 
@@ -79,11 +75,9 @@ def routes(hub: Hub) -> list[Route]:
         route(hub, "/{kind}" + batch_path, "POST", batch),
         route(hub, REPO + "/lfs-verify", "POST", verify),
         route(hub, REPO + "/lfs-files/duplicate", "POST", duplicate),
-        route(hub, "/lfs/objects/{oid}", "PUT", upload),
-        route(hub, "/lfs/uploads/{upload}/{part:int}", "PUT", upload_part),
-        route(hub, "/lfs/uploads/{upload}", "POST", complete),
-        route(hub, REPO + "/xet-read-token/{revision}", "GET", xet_read_token),
-        route(hub, REPO + "/xet-write-token/{revision}", "GET", xet_write_token),
+        route(hub, "/lfs/objects/{oid}", "PUT", upload, accounts_matter=False),
+        route(hub, "/lfs/uploads/{upload}/{part:int}", "PUT", upload_part, accounts_matter=False),
+        route(hub, "/lfs/uploads/{upload}", "POST", complete, accounts_matter=False),
     ]
 
 
@@ -138,7 +132,7 @@ async def upload(call: Call, request: Request) -> Response:
     blobs = call.hub.store.blobs
 
     with blobs.receive() as incoming:
-        await _store(call, request, incoming.write, size=wanted.size)
+        await store_body(call, request, incoming.write, size=wanted.size)
         await anyio.to_thread.run_sync(
             incoming.keep, wanted.oid, wanted.size, limiter=call.hub.threads
         )
@@ -160,7 +154,7 @@ async def upload_part(call: Call, request: Request) -> Response:
             file.write(piece)
             digest.update(piece)
 
-        received = await _store(call, request, write, size=size)
+        received = await store_body(call, request, write, size=size)
     if received != size:
         raise refusal.bad_request(f"IncompleteBody: {received} of {size} bytes arrived")
     return Response(headers={"ETag": f'"{digest.hexdigest()}"'})
@@ -173,55 +167,6 @@ def complete(call: Call) -> Response:
     if blobs.size(wanted.oid) != wanted.size:  # a repeated completion finds it done
         blobs.keep_parts(call.params["upload"], wanted.oid, wanted.size)
     return JSONResponse({"success": True})
-
-
-def xet_read_token(call: Call) -> Response:
-    """Say where to read from Xet storage."""
-    call.repo()
-    return _xet_token(call)
-
-
-def xet_write_token(call: Call) -> Response:
-    """Say where to write to Xet storage; the revision of a new pull request is `None`."""
-    revision = call.params["revision"]
-    proposing = call.flag("create_pr") or revision == "None"
-    call.contributable(None if proposing else revision)
-    return _xet_token(call)
-
-
-def _xet_token(call: Call) -> Response:
-    """Return the answer of both: in JSON for hf_xet, in headers for the client's Python."""
-    if call.hub.xet is None:
-        raise refusal.Refused(404, "This Hub has no Xet storage; set HF_HUB_DISABLE_XET=1")
-    url = f"local://{call.hub.xet.root}"
-    token, expires = secrets.token_hex(16), int(time.time()) + XET_TOKEN_LIFETIME_S
-    headers = {
-        "X-Xet-Cas-Url": url,
-        "X-Xet-Access-Token": token,
-        "X-Xet-Token-Expiration": str(expires),
-    }
-    return JSONResponse({"casUrl": url, "accessToken": token, "exp": expires}, headers=headers)
-
-
-async def _store(call: Call, request: Request, write: Callable[[bytes], None], *, size: int) -> int:
-    """Stream the body to `write` in large pieces and return its length.
-
-    Raises:
-        refusal.Refused: 400, it is longer than `size`.
-    """
-    held = bytearray()
-    received = 0
-    async for chunk in request.stream():
-        held += chunk
-        received += len(chunk)
-        if received > size:
-            raise refusal.bad_request(f"More than the announced {size} bytes arrived")
-        if len(held) >= WRITE_BYTES:
-            await anyio.to_thread.run_sync(write, bytes(held), limiter=call.hub.threads)
-            held.clear()
-    if held:
-        await anyio.to_thread.run_sync(write, bytes(held), limiter=call.hub.threads)
-    return received
 
 
 def _action(call: Call, wanted: Object) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""Host memory that is used again: touched once, then given back to a pool instead of freed.
+
+Fresh memory for every block costs page faults, and blocks freed by many threads stay in the
+allocator of each. A pool holds what the blocks in flight need (their number is bounded by the byte
+budget, not here) and a little more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+B = TypeVar("B")
+
+MIN_BYTES = 1 << 20
+"""The smallest buffer; sizes are powers of two, so that a few sizes serve all blocks."""
+MAX_IDLE_BYTES = 64 << 20
+"""Buffers beyond this that nobody uses are dropped."""
+
+
+class BufferPool(Generic[B]):
+    """Buffers made by `allocate(capacity)`; any thread takes and gives."""
+
+    def __init__(self, allocate: Callable[[int], B]) -> None:
+        self._allocate = allocate
+        self._idle: dict[int, list[B]] = {}
+        self._idle_bytes = 0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> B:
+        """Return a buffer of at least `nbytes`; its content is whatever was in it."""
+        capacity = _capacity(nbytes)
+        with self._lock:
+            idle = self._idle.get(capacity)
+            if idle:
+                self._idle_bytes -= capacity
+                return idle.pop()
+        return self._allocate(capacity)
+
+    def give(self, buffer: B, nbytes: int) -> None:
+        """Take back a buffer that was taken for `nbytes` and that nobody uses any more."""
+        capacity = _capacity(nbytes)
+        with self._lock:
+            if self._idle_bytes + capacity <= MAX_IDLE_BYTES:
+                self._idle.setdefault(capacity, []).append(buffer)
+                self._idle_bytes += capacity
+
+
+def _capacity(nbytes: int) -> int:
+    return max(MIN_BYTES, 1 << (nbytes - 1).bit_length())

@@ -1,0 +1,139 @@
+"""Where the pins of a definition are, and their life: live while a folder grows, frozen for a job.
+
+`<root>/.ckptd/live/<id>/` follows a folder of the trainer; when the checkpoint is taken it is
+renamed to `<root>/.ckptd/pins/<job>/` and never changed again, so that a trainer that writes into
+the same folder once more gets a new live pin. Where the root cannot be written, pins are copies in
+the state folder. Everything here blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+import structlog
+
+from ckptd.checkpoint import pin
+from ckptd.checkpoint.listing import Listing
+from ckptd.checkpoint.pin import PinMethod
+from ckptd.errors import StorageFailed
+
+log = structlog.get_logger()
+
+
+class Pins:
+    """The pins of one definition's watched place."""
+
+    def __init__(self, *, pipeline: str, root_path: Path, state_path: Path) -> None:
+        self._pipeline = pipeline
+        self._root_path = root_path
+        self._state_path = state_path
+        self._bases: dict[Path, tuple[Path, PinMethod]] = {}
+        self._lock = threading.Lock()
+
+    def live_path(self, source: Path, root_path: Path) -> Path:
+        """Return where the live pin of `source` (below `root_path`) is."""
+        base, _ = self._base(root_path)
+        try:
+            ino = source.stat().st_ino
+        except OSError:
+            ino = 0
+        key = f"{self._pipeline}\0{source}\0{ino}".encode()
+        return base / "live" / hashlib.sha256(key).hexdigest()[:16]
+
+    def frozen_path(self, live_path: Path, job_id: str) -> Path:
+        """Return where the pin of a job is, on the same mount as its live one."""
+        return live_path.parent.parent / "pins" / job_id
+
+    def refresh_early(self, live_path: Path, seen: Listing) -> None:
+        """Bring the live pin up to `seen` where that is nearly free; copies wait for quiet.
+
+        Raises:
+            NoSpace, StorageFailed: the pin cannot be written.
+        """
+        method = self._method(live_path)
+        if method is not PinMethod.COPY:
+            self._refresh(live_path, seen, method)
+
+    def refresh_fully(self, live_path: Path, seen: Listing) -> None:
+        """Make the live pin exactly `seen`, the state of a quiet folder.
+
+        Raises:
+            NoSpace, StorageFailed: the pin cannot be written.
+        """
+        self._refresh(live_path, seen, self._method(live_path))
+        pin.prune(live_path, seen)
+
+    def freeze(self, live_path: Path, frozen_path: Path) -> None:
+        """Turn a live pin into a job's; what an earlier attempt left there is replaced."""
+        shutil.rmtree(frozen_path, ignore_errors=True)
+        frozen_path.parent.mkdir(parents=True, exist_ok=True)
+        live_path.rename(frozen_path)
+
+    def release(self, live_path: Path) -> None:
+        """Remove a live pin."""
+        pin.release(live_path)
+
+    def orphans(self) -> list[tuple[Path, Path]]:
+        """Return (source, live pin) of pins whose source went away while nobody watched."""
+        found = []
+        for base in self._known_bases():
+            for live_path in sorted((base / "live").glob("*")):
+                origin = pin.read_origin(live_path)
+                if origin is None:
+                    pin.release(live_path)
+                elif origin.get("pipeline") == self._pipeline:
+                    source = Path(origin["source"])
+                    if not source.exists():
+                        found.append((source, live_path))
+        return found
+
+    def sweep(self, needed: Collection[Path]) -> None:
+        """Remove the frozen pins that no job in `needed` has; those of a crash go live again."""
+        for base in self._known_bases():
+            for path in (base / "pins").glob("*"):
+                if path in needed:
+                    continue
+                origin = pin.read_origin(path)
+                if origin is not None and not Path(origin["source"]).exists():
+                    live_path = base / "live" / path.name
+                    if not live_path.exists():
+                        live_path.parent.mkdir(parents=True, exist_ok=True)
+                        path.rename(live_path)
+                        continue
+                pin.release(path)
+
+    def _refresh(self, live_path: Path, seen: Listing, method: PinMethod) -> None:
+        if pin.read_origin(live_path) is None:
+            pin.write_origin(live_path, {"source": str(seen.path), "pipeline": self._pipeline})
+        pin.refresh(seen.base_path, seen, live_path, method)
+
+    def _method(self, live_path: Path) -> PinMethod:
+        base = live_path.parent.parent
+        return next((m for b, m in self._bases.values() if b == base), PinMethod.COPY)
+
+    def _base(self, root_path: Path) -> tuple[Path, PinMethod]:
+        with self._lock:
+            if root_path not in self._bases:
+                self._bases[root_path] = self._probed(root_path)
+            return self._bases[root_path]
+
+    def _probed(self, root_path: Path) -> tuple[Path, PinMethod]:
+        try:
+            method = pin.probe(root_path)
+        except StorageFailed as error:
+            log.warning("pins are copies in the state folder", root=str(root_path), why=str(error))
+            return self._fallback(root_path), PinMethod.COPY
+        log.info("pins probed", root=str(root_path), method=str(method))
+        return root_path / pin.FOLDER_NAME, method
+
+    def _fallback(self, root_path: Path) -> Path:
+        name = hashlib.sha256(str(root_path).encode()).hexdigest()[:16]
+        return self._state_path / "pins" / name
+
+    def _known_bases(self) -> list[Path]:
+        root_path = self._root_path.resolve()
+        return [root_path / pin.FOLDER_NAME, self._fallback(root_path)]
