@@ -41,6 +41,13 @@ TOKENS = {
 """`ckptd` may write everywhere, `reader` may see everything, `stranger` owns only its own."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but for what the client does to its own HTTP library."""
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Use 'content=<...>' to upload:DeprecationWarning"
+    )
+
+
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[server.Running]:
     """A Hub on loopback: `.url`, `.token` (write), `.root`, `.ledger`, `.faults`, `.store`."""

@@ -83,9 +83,10 @@ def test_equal_copies_become_what_transformers_saves(saved, tmp_path) -> None:
 def test_different_tensors_stay_themselves(saved, tmp_path) -> None:
     """A head unlike the embedding is loaded as it was, and so is everything else."""
     weights = dict(saved.weights)
-    heads = [t for g in saved.ties().groups for t in g.targets if not t.alias]
-    for target in heads:
-        weights[target.name] = torch.randn(99, _width(saved))
+    for group in saved.ties().groups:
+        for target in group.targets:
+            if not target.alias:
+                weights[target.name] = torch.randn(weights[group.anchor].shape)
     decision, config, published = saved.tie(saved.config, weights)
     assert not decision.drops
     state = saved.load(tmp_path / "m", config, published)
@@ -128,11 +129,6 @@ def state_of(saved, state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     known = saved.ties().architecture
     runtime = {s: row.name for row in known.rows for s in known.candidates(row.name)}
     return state[runtime.get(name, name)] if name not in state else state[name]
-
-
-def _width(saved) -> int:
-    group = saved.ties().groups[0]
-    return saved.weights[group.anchor].shape[-1]
 
 
 # --- the rules, one by one --------------------------------------------------------------------
@@ -291,3 +287,18 @@ def test_an_unknown_class_with_only_a_head_is_refused() -> None:
     """Nobody can tell the embedding's name."""
     with pytest.raises(errors.StageRefused, match=r"lm_head\.weight"):
         tying.find(UNKNOWN, {"lm_head.weight": Spec()}, path="x")
+
+
+def test_a_wish_that_nobody_can_fulfil_is_refused() -> None:
+    """`untie` for an unknown class without a head: nobody knows the head's name."""
+    ties = tying.find(UNKNOWN, {"transformer.wte.weight": Spec()}, path="x")
+    assert not tying.decide(ties, same={}).changes
+    with pytest.raises(errors.StageRefused, match="unknown"):
+        tying.decide(ties, same={}, untie=True)
+
+
+def test_a_class_without_a_head_has_nothing_to_tie() -> None:
+    """A classifier passes `tie` untouched, whatever is asked."""
+    config = {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}
+    ties = tying.find(config, {EMBEDDING: Spec(), "score.weight": Spec(shape=(2, 32))}, path="x")
+    assert not tying.decide(ties, same={}, untie=True).changes

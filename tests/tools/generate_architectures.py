@@ -451,9 +451,9 @@ class Derivation:
         same = [path for path, config in self.paths if type(config) is type(module.config)]
         return same[0] if same else None
 
-    def ties(self) -> list[tuple[str, str, str]]:
-        """Return (target, source, configuration path of the flag) of every tie, in tie order."""
-        found: dict[tuple[str, str], str] = {}
+    def ties(self) -> list[tuple[str, str, tuple[str, ...]]]:
+        """Return (target, source, configuration paths of the flag) of every tie, in tie order."""
+        found: dict[tuple[str, str], tuple[str, ...]] = {}
         known = set(self.model.state_dict())
         for prefix, module in self.model.named_modules(remove_duplicate=False):
             if not isinstance(module, PreTrainedModel) or not module._tied_weights_keys:
@@ -474,11 +474,20 @@ class Derivation:
                     setattr(module.config, FLAG, was)
             for target, source in pairs.items():
                 pair = (join(prefix, target), join(prefix, source))
-                if found.get(pair, path) != path:
-                    self.odd.append(f"{pair[0]}: flags at {found[pair]!r} and {path!r}")
                 if pair[0] in known and pair[1] in known:
-                    found.setdefault(pair, path)
+                    found[pair] = tuple(dict.fromkeys((*found.get(pair, ()), path)))
         return [(target, source, path) for (target, source), path in found.items()]
+
+    def flags(self, paths: tuple[str, ...]) -> dict[str, Any]:
+        """Return what decides a tie that modules at several paths make: any of them is enough."""
+        found = [self.flag(path) for path in paths]
+        result = found[0]
+        for other in found[1:]:
+            for key, default in zip(other["keys"], other["defaults"], strict=True):
+                if key not in result["keys"]:
+                    result["keys"].append(key)
+                    result["defaults"].append(default)
+        return result
 
     def flag(self, path: str) -> dict[str, Any]:
         """Return what decides the flag that modules with the configuration at `path` read."""
@@ -506,7 +515,7 @@ class Derivation:
         default = effective({})
         if effective(off) and default is not False:
             return result | {"keys": [join(path, FLAG)], "defaults": [True], "forced": True}
-        if effective(dict.fromkeys(near, True)) is False:
+        if not effective(dict.fromkeys(near, True)) and default is not None:
             return result | {"keys": [join(path, FLAG)], "defaults": [False], "forced": False}
         deciding = [key for key in near if effective(off | {key: True})]
         overriding = [
@@ -652,7 +661,7 @@ def describe(cls: type[PreTrainedModel], **other: Any) -> tuple[dict[str, Any], 
     if rows:
         entry["vocabulary"] = rows
     if ties:
-        flags = {path: derived.flag(path) for path in dict.fromkeys(path for _, _, path in ties)}
+        flags = {paths: derived.flags(paths) for paths in dict.fromkeys(tie[2] for tie in ties)}
         entry["flags"] = [{k: v for k, v in flag.items() if k != "path"} for flag in flags.values()]
         order = list(flags)
         entry["ties"] = [[target, source, order.index(path)] for target, source, path in ties]
@@ -676,7 +685,7 @@ def describe(cls: type[PreTrainedModel], **other: Any) -> tuple[dict[str, Any], 
 def _rows(
     vocabulary: list[list[Any]],
     roles: dict[str, str],
-    ties: list[tuple[str, str, str]],
+    ties: list[tuple[str, str, tuple[str, ...]]],
     derived: Derivation,
 ) -> list[list[Any]]:
     """Return [name, role, axis, size key, offset]; the role is guessed only from ties and shape."""

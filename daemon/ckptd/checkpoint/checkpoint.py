@@ -14,7 +14,13 @@ from typing import Any
 from ckptd.checkpoint import header, index, layouts, sidefiles, weights
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import Listing, list_files
-from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
+from ckptd.errors import (
+    CheckpointCorrupt,
+    CheckpointIncomplete,
+    CheckpointRefused,
+    CheckpointVanished,
+    SourceChanged,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +73,31 @@ def open_checkpoint(
     `assets` is a folder that gives config.json and side files where the checkpoint lacks them;
     `name` is the trainer's name of the folder where `path` is a pin of it. Links are followed to
     targets inside `within`, by default the folder itself: only where a person named the folder
-    may they lead further (a model cache, whose snapshot links to its blobs).
+    may they lead further (a model cache, whose snapshot links to its blobs). A person has named
+    `assets`, too: its links are followed.
 
     Raises:
         CheckpointIncomplete: no folder, no config, no weights, or shards are missing.
         CheckpointCorrupt: a header, an index or config.json is wrong; names file and tensor.
         CheckpointUnsupported: weights of a kind that is not read.
+        CheckpointVanished: it was deleted while it was opened.
+        CheckpointRefused: a file cannot be read.
     """
+    try:
+        return _opened(path, layout=layout, assets=assets, name=name, within=within)
+    except FileNotFoundError as error:
+        raise CheckpointVanished(path=path) from error
+    except OSError as error:
+        raise CheckpointRefused(
+            f"cannot be read: {error.strerror}",
+            path=error.filename or path,
+            hint="run ckptd as the user who trains, and check the disk",
+        ) from error
+
+
+def _opened(
+    path: Path, *, layout: str, assets: Path | None, name: str | None, within: Path | None
+) -> Checkpoint:
     if not path.is_dir():
         what = "a file; point at the folder that holds it" if path.exists() else "does not exist"
         raise CheckpointIncomplete(what, path=path, hint="check the path of the checkpoint")
@@ -81,10 +105,10 @@ def open_checkpoint(
     named = path if name is None else path.with_name(name)
     chosen, reason = layouts.choose(named, listing, layout)
     found = weights.find(path, listing)
-    config_path = _config_path(path, assets)
-    headers = [_read_header(path / shard) for shard in found.shards]
+    config_path = _config_path(path, listing, assets)
+    headers = [header.read(path / shard) for shard in found.shards]
     tensors = _tensors(path, headers, found.weight_map)
-    side_files, left_out = _side_files(path, listing, assets, within)
+    side_files, left_out = _side_files(path, listing, assets)
     return Checkpoint(
         path=path,
         name=named.name,
@@ -108,35 +132,26 @@ def identifying_files(source: Checkpoint) -> list[tuple[str, Path]]:
     return files + [(file.relpath, file.path) for file in source.side_files]
 
 
-def check_unchanged(stamps: Mapping[Path, FileStamp]) -> str | None:
-    """Return what changed among the files of `stamps`, as text, or None if nothing did."""
+def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
+    """Verify that every file of `stamps` is as it was.
+
+    Raises:
+        SourceChanged: names the first that is not.
+    """
     for path, stamp in stamps.items():
         try:
-            found = FileStamp.of(path.stat())
+            found = str(FileStamp.of(path.stat()))
         except OSError as error:
-            return f"{path}: {error.strerror}"
-        if found != stamp:
-            return f"{path}: expected {stamp}; found {found}"
-    return None
+            found = error.strerror or "an error"
+        if found != str(stamp):
+            raise SourceChanged(path=path, expected=str(stamp), found=found)
 
 
-def _read_header(path: Path) -> header.Header:
-    try:
-        return header.read(path)
-    except FileNotFoundError:
-        raise CheckpointIncomplete("vanished while it was opened", path=path) from None
-    except PermissionError:
-        raise CheckpointUnsupported(
-            "may not be read by this user",
-            path=path,
-            hint="safetensors 0.8 writes files of mode 0600: run ckptd as the training user",
-        ) from None
-
-
-def _config_path(path: Path, assets: Path | None) -> Path:
-    for folder in (path, assets):
-        if folder is not None and (folder / weights.CONFIG_NAME).is_file():
-            return folder / weights.CONFIG_NAME
+def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path:
+    if weights.CONFIG_NAME in listing.by_name:
+        return path / weights.CONFIG_NAME
+    if assets is not None and (assets / weights.CONFIG_NAME).is_file():
+        return assets / weights.CONFIG_NAME
     raise CheckpointIncomplete(
         f"{weights.CONFIG_NAME} is missing",
         path=path,
@@ -183,20 +198,20 @@ def _tensors(
 
 
 def _side_files(
-    path: Path, listing: Listing, assets: Path | None, within: Path | None
+    path: Path, listing: Listing, assets: Path | None
 ) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     chosen: dict[str, SideFile] = {}
     left_out = []
     for file in listing.files:
         fate = sidefiles.fate(file.relpath)
         if fate is sidefiles.Fate.UNKNOWN and not file.relpath.startswith("."):
-            left_out.append(file.relpath)
+            left_out.append(file.relpath.encode("utf-8", "backslashreplace").decode())
         if fate is sidefiles.Fate.TRAVELS and file.relpath != weights.CONFIG_NAME:
             chosen[file.relpath] = SideFile(
                 relpath=file.relpath, path=path / file.relpath, nbytes=file.size
             )
     if assets is not None:
-        for file in list_files(assets, within=within).files:
+        for file in _list_assets(assets).files:
             if file.relpath in chosen or file.relpath == weights.CONFIG_NAME:
                 continue
             if sidefiles.fate(file.relpath) is sidefiles.Fate.TRAVELS:
@@ -204,3 +219,13 @@ def _side_files(
                     relpath=file.relpath, path=assets / file.relpath, nbytes=file.size
                 )
     return tuple(chosen[name] for name in sorted(chosen)), tuple(sorted(left_out))
+
+
+def _list_assets(assets: Path) -> Listing:
+    if not assets.is_dir():
+        raise CheckpointIncomplete(
+            "the assets folder does not exist",
+            path=assets,
+            hint="correct `assets:` in the definition (--assets on the command line)",
+        )
+    return list_files(assets, within=Path("/"))

@@ -100,7 +100,7 @@ def examine(
     named = path if folder is None else folder
     names = [file.relpath for file in listing.files]
     seen_names = names if seen is None else [file.relpath for file in seen.files]
-    chosen, reason = layouts.choose(named, listing, layout)
+    chosen, reason = layouts.choose(named, seen or listing, layout)
     vetoes = tuple(n for n in seen_names if _vetoed(Path(n).name))
     missing: CheckpointIncomplete | None = None
     error: CheckpointRefused | None = None

@@ -80,7 +80,7 @@ def digest(
             f"{name} {path.stat().st_size} {_file_digest(path, pool, threads, check)}\n"
             for name, path in files
         )
-    return "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+    return "sha256:" + hashlib.sha256(b"".join(map(os.fsencode, lines))).hexdigest()
 
 
 def _file_digest(

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ckptd.checkpoint.dtypes import Dtype
-from ckptd.errors import CheckpointCorrupt
+from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself; a longer header is an attack or an accident."""
 _LENGTH_BYTES = 8
+_LIMIT = 1 << 63
+"""Sizes and offsets are below this: no file is larger, and what is larger is an attack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +98,18 @@ def read(path: Path) -> Header:
     Raises:
         CheckpointCorrupt: the file is too short or too long, or its header is not one; names the
             tensor where the fault is a tensor's.
+        CheckpointUnsupported: this user may not read the file.
         OSError: the file cannot be opened or read.
     """
-    with path.open("rb", buffering=0) as file:
+    try:
+        opened = path.open("rb", buffering=0)
+    except PermissionError:
+        raise CheckpointUnsupported(
+            "may not be read by this user",
+            path=path,
+            hint="safetensors 0.8 writes files of mode 0600: run ckptd as the training user",
+        ) from None
+    with opened as file:
         stamp = FileStamp.of(os.fstat(file.fileno()))
         prefix = file.read(_LENGTH_BYTES)
         length = _header_length(path, prefix, stamp.nbytes)
@@ -215,7 +226,19 @@ def _load_object(raw: bytes, path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CheckpointCorrupt("header is not a JSON object", path=path)
+    for name in value:
+        if not _is_text(name):
+            raise CheckpointCorrupt("its name is not valid Unicode", path=path, tensor=name)
     return value
+
+
+def _is_text(name: str) -> bool:
+    """Whether `name` can be written again: JSON escapes can spell halves of characters."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stored(name: str, entry: Any, path: Path, data_offset: int) -> StoredTensor:
@@ -229,12 +252,14 @@ def _stored(name: str, entry: Any, path: Path, data_offset: int) -> StoredTensor
     except ValueError:
         refuse("unknown dtype", found=repr(entry["dtype"]))
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
         refuse("shape must be a list of whole numbers", found=repr(shape)[:80])
+    if not _fits(shape):
+        refuse("shape has more elements than any file", found=repr(shape)[:80])
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
-        or not all(type(n) is int and n >= 0 for n in offsets)
+        or not all(_is_size(n) for n in offsets)
         or offsets[1] < offsets[0]
     ):
         refuse("data_offsets must be a begin and an end", found=repr(offsets)[:80])
@@ -250,6 +275,20 @@ def _stored(name: str, entry: Any, path: Path, data_offset: int) -> StoredTensor
             found=f"{end - begin}",
         )
     return StoredTensor(spec, Extent(path, data_offset + begin, end - begin))
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LIMIT
+
+
+def _fits(shape: list[int]) -> bool:
+    """Whether the product stays in range at each step, as the safetensors library demands."""
+    product = 1
+    for length in shape:
+        product *= length
+        if product >= _LIMIT:
+            return False
+    return True
 
 
 def _check_coverage(

@@ -37,12 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointCorrupt("a key stands twice in one object", path=path)
         return entries
 
+    raw = path.read_bytes()
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=pairs)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorrupt(
             f"not JSON: {error}", path=path, hint="save it again, or take it from the base model"
         ) from error
+    if b"\\u" in raw:
+        _require_whole_characters(value, path)
     if not isinstance(value, dict):
         raise CheckpointCorrupt(
             "not a JSON object", path=path, expected="an object", found=type(value).__name__
@@ -80,6 +83,14 @@ def encode(weight_map: Mapping[str, str], *, total_size: int, total_parameters: 
         "weight_map": dict(weight_map),
     }
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _require_whole_characters(value: Any, path: Path) -> None:
+    """Refuse text that cannot be written again: JSON escapes can spell halves of characters."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CheckpointCorrupt("holds half a character (a lone surrogate)", path=path) from error
 
 
 def _is_plain_name(name: str) -> bool:

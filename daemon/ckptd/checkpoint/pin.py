@@ -19,10 +19,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from ckptd.checkpoint import sidefiles
-from ckptd.checkpoint.listing import Listing
-from ckptd.errors import NoSpace, StorageFailed
+from ckptd.checkpoint import sidefiles, writer
+from ckptd.checkpoint.listing import ListedFile, Listing
+from ckptd.errors import CheckpointUnsupported, CkptdError, StorageFailed
 
 FOLDER_NAME = ".ckptd"
 """The folder beside the watched checkpoints that holds pins; invisible to the globs."""
@@ -30,7 +31,21 @@ ORIGIN_NAME = ".ckptd-origin.json"
 """The file in a pin that says which folder it is a pin of."""
 _FICLONE = 0x40049409
 """ioctl of linux/fs.h: make one file a reflink of another."""
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS, errno.EACCES}
+_NO_LINK = frozenset(
+    {
+        errno.EXDEV,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EOPNOTSUPP,
+        errno.ENOSYS,
+        errno.ENOTTY,
+        errno.EINVAL,
+        errno.EMLINK,
+    }
+)
+_COPY_BYTES = 1 << 20
+_MARKERS = frozenset({"trainer_state.json", "training_args.bin"})
+"""Trainer state by which a layout and its end are told; never published."""
 
 
 class PinMethod(enum.StrEnum):
@@ -87,7 +102,7 @@ def wanted(relpath: str) -> bool:
         return False
     fate = sidefiles.fate(relpath)
     if fate is sidefiles.Fate.TRAINER_STATE:
-        return name == "trainer_state.json"
+        return name in _MARKERS
     return True
 
 
@@ -95,6 +110,7 @@ def refresh(source: Path, listing: Listing, pin_path: Path, method: PinMethod) -
     """Bring the pin at `pin_path` up to the `listing` of `source`; safe to call twice.
 
     Raises:
+        CheckpointUnsupported: this user may not read a file that must be copied.
         NoSpace: a copy does not fit.
         StorageFailed: the pin folder cannot be written.
     """
@@ -108,12 +124,12 @@ def refresh(source: Path, listing: Listing, pin_path: Path, method: PinMethod) -
             continue
         try:
             path = source / file.relpath
-            _pin_file(path.resolve(strict=True) if file.is_link else path, target, how)
+            _pin_file(_target_of(path, file) if file.is_link else path, target, how)
             linked += 1
         except FileNotFoundError:
             vanished.append(file.relpath)
         except OSError as error:
-            raise _translated(error, pin_path, file.size) from error
+            raise _translated(error, target, file.size) from error
     return PinReport(linked=linked, vanished=tuple(vanished))
 
 
@@ -132,11 +148,8 @@ def write_origin(pin_path: Path, origin: Mapping[str, str]) -> None:
     Raises:
         NoSpace, StorageFailed: the pin folder cannot be written.
     """
-    try:
-        pin_path.mkdir(parents=True, exist_ok=True)
-        (pin_path / ORIGIN_NAME).write_text(json.dumps(dict(origin)))
-    except OSError as error:
-        raise _translated(error, pin_path, 0) from error
+    writer.make_folder(pin_path)
+    writer.write_file(pin_path / ORIGIN_NAME, json.dumps(dict(origin)).encode())
 
 
 def read_origin(pin_path: Path) -> dict[str, str] | None:
@@ -153,6 +166,15 @@ def release(pin_path: Path) -> None:
     shutil.rmtree(pin_path, ignore_errors=True)
 
 
+def _target_of(path: Path, file: ListedFile) -> Path:
+    """Return where the link at `path` leads, if that is still the file that was listed."""
+    target = path.resolve(strict=True)
+    stat = target.stat()
+    if (stat.st_dev, stat.st_ino) != (file.dev, file.ino):
+        raise FileNotFoundError(errno.ENOENT, "the link leads elsewhere now", str(path))
+    return target
+
+
 def _method_for(relpath: str, method: PinMethod) -> PinMethod:
     if method is PinMethod.HARD_LINK and sidefiles.fate(relpath) is not sidefiles.Fate.WEIGHTS:
         return PinMethod.COPY
@@ -164,8 +186,8 @@ def _is_current(target: Path, ino: int, size: int, mtime_ns: int, method: PinMet
         stat = target.lstat()
     except OSError:
         return False
-    if method is PinMethod.HARD_LINK:
-        return stat.st_ino == ino
+    if method is PinMethod.HARD_LINK and stat.st_ino == ino:
+        return True
     return stat.st_size == size and stat.st_mtime_ns == mtime_ns
 
 
@@ -186,9 +208,10 @@ def _pin_file(source: Path, target: Path, method: PinMethod) -> None:
 
 
 def _reflink(source: Path, target: Path) -> None:
-    with source.open("rb") as read, target.open("xb") as write:
-        fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
+    with _opened(source) as read, target.open("xb") as write:
+        # The times of before: a source that changes meanwhile must show as changed afterwards.
         stat = os.fstat(read.fileno())
+        fcntl.ioctl(write.fileno(), _FICLONE, read.fileno())
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
@@ -197,9 +220,15 @@ def _hard_link(source: Path, target: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target, follow_symlinks=False)
-    stat = source.lstat()
+    with _opened(source) as read, target.open("wb") as write:
+        stat = os.fstat(read.fileno())
+        shutil.copyfileobj(read, write, _COPY_BYTES)
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def _opened(source: Path) -> BinaryIO:
+    """Open the file itself: a link put in its place since the listing is not followed."""
+    return os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
 
 _ACTS: dict[PinMethod, Callable[[Path, Path], None]] = {
@@ -209,8 +238,12 @@ _ACTS: dict[PinMethod, Callable[[Path, Path], None]] = {
 }
 
 
-def _translated(error: OSError, pin_path: Path, needed_bytes: int) -> NoSpace | StorageFailed:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        free = shutil.disk_usage(pin_path.parent).free
-        return NoSpace(path=pin_path, needed_bytes=needed_bytes, free_bytes=free)
-    return StorageFailed(f"cannot pin: {error.strerror}", path=pin_path)
+def _translated(error: OSError, target: Path, needed_bytes: int) -> CkptdError:
+    ours = error.filename is not None and Path(error.filename).is_relative_to(target.parent)
+    if error.errno == errno.EACCES and error.filename is not None and not ours:
+        return CheckpointUnsupported(
+            "may not be read by this user",
+            path=error.filename,
+            hint="safetensors 0.8 writes files of mode 0600: run ckptd as the training user",
+        )
+    return writer.translated(error, target, needed_bytes)

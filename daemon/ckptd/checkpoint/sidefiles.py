@@ -95,6 +95,8 @@ def fate(relpath: str) -> Fate:
     name = parts[-1]
     if len(parts) > _MAX_DEPTH or any(part.startswith(".") for part in parts):
         return Fate.UNKNOWN
+    if not relpath.isprintable():
+        return Fate.UNKNOWN  # bytes that are no text, control characters: no name for a repo
     if any(_matches(part, _TRAINER_FOLDERS) for part in parts[:-1]):
         return Fate.TRAINER_STATE
     if _matches(name, _TRAINER_STATE):

@@ -13,13 +13,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.checkpoint import index
+from ckptd.checkpoint import index, sidefiles
 from ckptd.checkpoint.listing import Listing
 from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
+_SHARD = re.compile(r"^model-\d{5}-of-\d{5}\.safetensors$")
+_DISTRIBUTED = (
+    "*.distcp",
+    ".metadata",
+    "*/.metadata",
+    "*mp_rank_*_states.pt",
+    "pytorch_model_fsdp*",
+)
 _VARIANT = re.compile(r"^model\.[^.]+(-\d{5}-of-\d{5})?\.safetensors$")
 
 
@@ -48,6 +56,9 @@ def find(path: Path, listing: Listing) -> WeightFiles:
     if SINGLE_NAME not in ages and INDEX_NAME not in ages:
         raise _no_weights(path, listing)
     if INDEX_NAME not in ages:
+        newer = [n for n, age in ages.items() if _SHARD.match(n) and age > ages[SINGLE_NAME]]
+        if newer:
+            raise _no_index(path / newer[0])
         return WeightFiles(shards=(SINGLE_NAME,), weight_map=None)
     if SINGLE_NAME not in ages:
         return _indexed(path, ages)
@@ -95,12 +106,24 @@ def _indexed(path: Path, ages: Mapping[str, int]) -> WeightFiles:
     return WeightFiles(shards=shards, weight_map=weight_map)
 
 
+def _no_index(shard_path: Path) -> CheckpointIncomplete:
+    return CheckpointIncomplete(
+        f"a shard, and no {INDEX_NAME} yet",
+        path=shard_path,
+        hint="the index is written last: wait for the save to end, or save again",
+    )
+
+
 def _no_weights(path: Path, listing: Listing) -> CheckpointIncomplete | CheckpointUnsupported:
     names = [file.relpath for file in listing.files]
+    candidates = [n for n in names if sidefiles.fate(n) is sidefiles.Fate.WEIGHTS]
 
-    def first(*patterns: str) -> str | None:
-        hits = (n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns))
+    def first(*patterns: str, among: list[str] = candidates) -> str | None:
+        hits = (n for n in among if any(fnmatch.fnmatchcase(n, p) for p in patterns))
         return next(hits, None)
+
+    if shard := next((n for n in names if _SHARD.match(n)), None):
+        return _no_index(path / shard)
 
     if found := first("adapter_model.safetensors", "adapter_model.bin"):
         return CheckpointUnsupported(
@@ -114,7 +137,7 @@ def _no_weights(path: Path, listing: Listing) -> CheckpointIncomplete | Checkpoi
             path=path / found,
             hint="save as safetensors (the default of save_pretrained)",
         )
-    if found := first("*.distcp", ".metadata", "*/*.distcp", "*/.metadata"):
+    if found := first(*_DISTRIBUTED, among=names):
         return CheckpointUnsupported(
             "a distributed checkpoint is not read",
             path=path / found,

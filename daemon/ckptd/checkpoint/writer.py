@@ -47,7 +47,7 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
             self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             if self.nbytes:
-                os.posix_fallocate(self._fd, 0, self.nbytes)
+                _reserve(self._fd, self.nbytes)
         except OSError as error:
             self.abandon()
             raise translated(error, self.path, self.nbytes) from error
@@ -60,8 +60,8 @@ class ShardWriter:
         """
         try:
             os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            os.close(fd)
             self._temporary.rename(self.path)
             sync_folder(self.path.parent)
         except OSError as error:
@@ -127,10 +127,24 @@ def require_space(path: Path, needed_bytes: int) -> None:
 
     Raises:
         NoSpace: with the bytes needed and free.
+        StorageFailed: there is no such folder.
     """
-    free = shutil.disk_usage(path).free
+    try:
+        free = shutil.disk_usage(path).free
+    except OSError as error:
+        raise translated(error, path, needed_bytes) from error
     if free < needed_bytes:
         raise NoSpace(path=path, needed_bytes=needed_bytes, free_bytes=free)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Take all the space of a file now; only set its size where the file system cannot reserve."""
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+            raise
+        os.ftruncate(fd, nbytes)
 
 
 def translated(error: OSError, path: Path, needed_bytes: int) -> CkptdError:

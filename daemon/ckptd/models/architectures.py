@@ -174,14 +174,13 @@ class Architecture:
         The one whose enclosing modules occur among the names that are present wins; among equals
         the one that `save_pretrained` would write.
         """
-        prefixes = {""}
-        for other in present:
-            parts = other.split(".")[:-2]
-            prefixes.update(".".join(parts[: i + 1]) for i in range(len(parts)))
+        names = tuple(present)
 
         def misfit(spelling: str) -> tuple[int, int]:
             parts = spelling.split(".")[:-2]
-            known = max(i for i in range(len(parts) + 1) if ".".join(parts[:i]) in prefixes)
+            known = len(parts)
+            while known and not any(n.startswith(".".join(parts[:known]) + ".") for n in names):
+                known -= 1
             return len(parts) - known, -known
 
         return min(self.candidates(name), key=misfit)

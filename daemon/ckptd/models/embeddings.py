@@ -16,7 +16,7 @@ from typing import Any
 from ckptd import errors
 from ckptd.models import architectures, configuration, unfamiliar
 from ckptd.models.architectures import Architecture, Role, Row
-from ckptd.models.tying import Shaped
+from ckptd.models.unfamiliar import Shaped
 
 STAGE = "resize"
 _MAX_FACTOR = 8

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint are one parameter, and what to publish of them.
+"""What to publish of tensors that may be one parameter.
 
-Pure: `find` takes config.json and the specifications of the tensors, `decide` takes in addition
-which pairs hold the same bytes; the bytes are compared by whoever can read them. The content
+Pure: `find` (in `ties`) takes config.json and the specifications of the tensors; `decide` takes in
+addition which pairs hold the same bytes, which whoever can read them has compared. The content
 decides and config.json is made to agree with it, never the other way round:
 
 - all equal: one is published under the canonical name, the flag is true;
@@ -18,81 +18,15 @@ flag keeps its value and the tensors are arranged so that the class loads them r
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
 from ckptd import errors
-from ckptd.checkpoint.dtypes import Dtype
-from ckptd.models import architectures, configuration, unfamiliar
-from ckptd.models.architectures import Architecture, Flag, Role
+from ckptd.models import configuration
+from ckptd.models.architectures import Flag, Role
+from ckptd.models.ties import STAGE, Target, TieGroup, Ties, find
 
-STAGE = "tie"
-
-
-class Shaped(Protocol):
-    """What is asked of a tensor: no more than a header says."""
-
-    @property
-    def dtype(self) -> Dtype:
-        """The element type."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The dimensions."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A name that is the same parameter as its group's source while the flag holds."""
-
-    name: str
-    """As it is spelled on disk, or would be."""
-    present: bool
-    alias: bool
-    """A module's own copy of the source (an encoder's embedding), not another kind of tensor."""
-    flag: Flag
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TieGroup:
-    """A source and everything tied to it."""
-
-    source: str
-    """The canonical name as it is spelled on disk, or would be."""
-    anchor: str
-    """The present tensor that holds the group's content: the source where it is there."""
-    targets: tuple[Target, ...]
-    alike: tuple[str, ...]
-    """Present names, other than the anchor, of its dtype and shape: their bytes must be compared."""
-    unlike: tuple[str, ...]
-    """Present names of another dtype or shape, or quantized: different without looking."""
-
-    @property
-    def source_present(self) -> bool:
-        """Whether the canonical name is in the checkpoint."""
-        return self.anchor == self.source
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ties:
-    """The tie groups of one checkpoint."""
-
-    architecture: Architecture
-    config: Mapping[str, Any]
-    path: Path | str
-    groups: tuple[TieGroup, ...]
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The (anchor, other) pairs whose bytes `decide` must know about."""
-        return tuple((group.anchor, name) for group in self.groups for name in group.alike)
-
-    @property
-    def flags(self) -> tuple[Flag, ...]:
-        """The flags that govern the groups, each once."""
-        return tuple(dict.fromkeys(t.flag for group in self.groups for t in group.targets))
+__all__ = ["Decision", "Outcome", "Result", "Target", "TieGroup", "Ties", "decide", "find"]
 
 
 class Outcome(enum.StrEnum):
@@ -142,32 +76,6 @@ class Decision:
         return bool(self.copies or self.renames or self.drops or self.writes)
 
 
-def find(config: Mapping[str, Any], tensors: Mapping[str, Shaped], *, path: Path | str) -> Ties:
-    """Return the tie groups of a checkpoint, by the table or, for unknown classes, by the rule.
-
-    `path` is the checkpoint's, for messages.
-
-    Raises:
-        StageRefused: no tensor of a group is there under any known name; the class of a part is
-            unknown; or, for an unknown class, names and shapes allow several readings.
-    """
-    known = architectures.find(config)
-    found = known if known is not None else unfamiliar.infer(config, tensors, STAGE, path)
-    if found.unplaced is not None:
-        raise errors.StageRefused(found.unplaced, stage=STAGE, path=path)
-    grouped: dict[str, list[architectures.Tie]] = {}
-    sources = {tie.target: tie.source for tie in found.ties}
-    for tie in found.ties:
-        grouped.setdefault(_root(tie.source, sources), []).append(tie)
-    groups = [_group(found, source, ties, tensors, path) for source, ties in grouped.items()]
-    return Ties(
-        architecture=found,
-        config=config,
-        path=path,
-        groups=tuple(group for group in groups if group is not None),
-    )
-
-
 def decide(
     ties: Ties, *, same: Mapping[tuple[str, str], bool], force: bool = False, untie: bool = False
 ) -> Decision:
@@ -183,6 +91,8 @@ def decide(
     """
     if force and untie:
         raise ValueError("force and untie exclude each other")
+    if (force or untie) and not ties.groups:
+        _check_tieable(ties)
     different = {
         group.source: {n for n in group.alike if not same[group.anchor, n]} | set(group.unlike)
         for group in ties.groups
@@ -206,76 +116,6 @@ def decide(
     )
 
 
-def _root(name: str, sources: Mapping[str, str]) -> str:
-    """Return the source at the end of a chain of ties."""
-    seen = {name}
-    while name in sources and sources[name] not in seen:
-        name = sources[name]
-        seen.add(name)
-    return name
-
-
-def _group(
-    known: Architecture,
-    source: str,
-    ties: list[architectures.Tie],
-    tensors: Mapping[str, Shaped],
-    path: Path | str,
-) -> TieGroup | None:
-    """Return the group as it is on disk; None for parts this checkpoint's model does not have."""
-    role = known.role_of.get(source)
-    here = known.locate(source, tensors)
-    targets = []
-    quantized = []
-    for tie in ties:
-        name = known.locate(tie.target, tensors)
-        spelled = name or known.spell(tie.target, tensors)
-        alias = known.role_of.get(tie.target) is role
-        if name is None and _packed(spelled, tensors):
-            quantized.append(spelled)
-        elif name is None and not alias and _headless(known, source, here):
-            continue
-        targets.append(Target(name=spelled, present=name is not None, alias=alias, flag=tie.flag))
-    present = [target.name for target in targets if target.present and target.alias]
-    present += [target.name for target in targets if target.present and not target.alias]
-    anchor = here or next(iter(present), None)
-    if anchor is None:
-        if role not in (Role.INPUT, Role.HEAD) or any(c.isdigit() for c in source):
-            return None
-        raise errors.StageRefused(
-            f"neither the embedding nor what {known.name} ties to it is there under a known name",
-            stage=STAGE,
-            path=path,
-            tensor=source,
-            expected=", ".join((*known.candidates(source), *(t.name for t in targets))),
-        )
-    others = [name for name in present if name != anchor]
-    form = (tensors[anchor].dtype, tuple(tensors[anchor].shape))
-    alike = [n for n in others if (tensors[n].dtype, tuple(tensors[n].shape)) == form]
-    return TieGroup(
-        source=here or known.spell(source, tensors),
-        anchor=anchor,
-        targets=tuple(targets),
-        alike=tuple(alike),
-        unlike=tuple([name for name in others if name not in alike] + quantized),
-    )
-
-
-def _packed(name: str, tensors: Iterable[str]) -> bool:
-    """Return whether the module of a `.weight` is there in a quantized form."""
-    module = name.removesuffix("weight")
-    return any(other.startswith(module) and other != f"{module}bias" for other in tensors)
-
-
-def _headless(known: Architecture, source: str, here: str | None) -> bool:
-    """Return whether a base model was saved alone, and nothing says that a head belongs to it."""
-    if known.exact or here is None or known.base_prefix is None:
-        return False
-    return source.startswith(f"{known.base_prefix}.") and not here.startswith(
-        f"{known.base_prefix}."
-    )
-
-
 def _value(
     ties: Ties,
     flag: Flag,
@@ -287,7 +127,7 @@ def _value(
 ) -> bool:
     """Return the value the flag gets, or refuse."""
     now = flag.value(ties.config)
-    mine = [group for group in ties.groups if any(t.flag == flag for t in group.targets)]
+    mine = ties.governed(flag)
     apart = sorted(
         t.name for g in mine for t in g.targets if t.flag == flag and t.name in different[g.source]
     )
@@ -310,8 +150,7 @@ def _value(
         return False
     if not ties.architecture.known and not now:
         return False
-    decided = any(len(_present(group)) > 1 or not group.source_present for group in mine)
-    return decided or now
+    return ties.decided(flag) or now
 
 
 def _pinned(ties: Ties, flag: Flag, now: bool) -> str | None:
@@ -350,13 +189,17 @@ def _check_whole(ties: Ties, group: TieGroup, flag: Flag) -> None:
     )
 
 
-def _refused(ties: Ties, what: str, tensor: str) -> errors.StageRefused:
+def _check_tieable(ties: Ties) -> None:
+    """Refuse a wish about a class that has a head, or may have one, and ties nothing."""
+    known = ties.architecture
+    if known.known and Role.HEAD not in known.role_of.values():
+        return
+    why = "is not known to tie anything" if known.known else "is unknown, and so is its head's name"
+    raise _refused(ties, f"neither ties nor unties here: {known.name} {why}", None)
+
+
+def _refused(ties: Ties, what: str, tensor: str | None) -> errors.StageRefused:
     return errors.StageRefused(what, stage=STAGE, path=ties.path, tensor=tensor)
-
-
-def _present(group: TieGroup) -> list[str]:
-    """Return the names of the group that are there in whatever form, the anchor first."""
-    return [group.anchor, *group.alike, *group.unlike]
 
 
 def _arrange(
@@ -371,10 +214,11 @@ def _arrange(
     """Return what one group needs on disk under the flags' values."""
     tied = {t.name for t in group.targets if values[t.flag]}
     apart = [t for t in group.targets if not values[t.flag]]
-    if force:
-        _check_forced(ties, group)
+    if force and group.unlike:
+        what = f"cannot be tied to {group.anchor}: it has another dtype or shape, or is quantized"
+        raise _refused(ties, what, group.unlike[0])
     drops = [
-        name for name in _present(group)[1:] if name in tied and (force or name not in different)
+        name for name in group.present[1:] if name in tied and (force or name not in different)
     ]
     copies = [(group.anchor, t.name) for t in apart if not t.present and t.name not in different]
     renames = []
@@ -387,7 +231,7 @@ def _arrange(
     if copies and not untie:
         names = ", ".join(name for _, name in copies)
         notes.append(f"{names}: written as copies of {group.anchor}, as the flag is false")
-    kept = tuple(name for name in _present(group)[1:] if name not in drops)
+    kept = tuple(name for name in group.present[1:] if name not in drops)
     return Decision(
         copies=tuple(copies),
         renames=tuple(renames),
@@ -395,16 +239,6 @@ def _arrange(
         results=(_result(group, drops, kept, copies, renames),),
         notes=tuple(notes),
     )
-
-
-def _check_forced(ties: Ties, group: TieGroup) -> None:
-    """Refuse to tie what cannot be one tensor."""
-    if group.unlike:
-        raise _refused(
-            ties,
-            f"cannot be tied to {group.anchor}: it has another dtype or shape, or is quantized",
-            group.unlike[0],
-        )
 
 
 def _result(
@@ -429,9 +263,7 @@ def _result(
 
 def _writes(ties: Ties, flag: Flag, value: bool) -> tuple[configuration.Write, ...]:
     """Return what config.json needs: nothing where the content decided nothing new."""
-    mine = [group for group in ties.groups if any(t.flag == flag for t in group.targets)]
-    decided = any(len(_present(group)) > 1 or not group.source_present for group in mine)
-    if value == flag.value(ties.config) and not decided:
+    if value == flag.value(ties.config) and not ties.decided(flag):
         return ()
     if flag.computes or (not ties.architecture.known and value == flag.value(ties.config)):
         return ()

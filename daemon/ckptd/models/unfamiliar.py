@@ -10,14 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ckptd import errors
+from ckptd.checkpoint.dtypes import Dtype
 from ckptd.models import configuration
 from ckptd.models.architectures import FLAG, Architecture, Flag, Role, Row, Tie
-
-if TYPE_CHECKING:
-    from ckptd.models.tying import Shaped
 
 INPUT_MODULES = frozenset(
     {
@@ -36,6 +34,18 @@ HEAD_MODULES = frozenset(
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
 _MAX_SPARE_ROWS = 4096
 """How many rows more than `vocab_size` padding may have added."""
+
+
+class Shaped(Protocol):
+    """What is asked of a tensor: no more than a header says."""
+
+    @property
+    def dtype(self) -> Dtype:
+        """The element type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dimensions."""
 
 
 def infer(

@@ -1,7 +1,8 @@
 """Dividing computed segments into blocks that fit a byte budget, and small ones into batches.
 
-A block is a slice of rows of one computed tensor; a batch is a few blocks that are read, computed
-and written together, so that tens of thousands of small tensors do not cost a round trip each.
+A block is a part of one computed tensor: a range of elements where each is computed for itself, a
+group of rows where rows are grown. A batch is a few blocks that are read, computed and written
+together, so that tens of thousands of small tensors do not cost a round trip each.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.plan import expression
-from ckptd.plan.expression import Concat, Expression, Grown, Load
+from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load
 from ckptd.plan.plan import Computed, Run, Segment
 
 BLOCK_BYTES = 8 << 20
-"""Output bytes per block: small enough for a CPU's last cache, large enough for a GPU copy."""
+"""Bytes per block, on its wider side: enough for a GPU copy, and a CPU keeps up."""
 GROWN_GROUP_ROWS = 64
 """New rows share a generator in groups of this many; part of the definition of their values."""
+STATISTICS_BYTES = 4 << 20
+"""Source rows per statistics step, as float32 bytes; fixed, so that sums never depend on memory."""
+_GROWN_BLOCK_BYTES = 4 * BLOCK_BYTES
+"""Each block of grown rows is one more pass over the source: larger blocks, fewer passes."""
+_ELEMENTS_UNIT = 64
+"""Elements per block are a multiple of this: whole bytes in any dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +43,13 @@ class Block:
 
     @property
     def cost_bytes(self) -> int:
-        """Host memory while the block is in flight: sources, result, float32 workspace."""
+        """Host memory while the block is in flight: sources, result, workspace of grown rows."""
+        grown = expression.grown_in(self.value)
+        if grown is not None:
+            # Values in float32, and a statistics step as read, in float32 and in float64.
+            return self.nbytes + 4 * expression.numel(grown) + 4 * STATISTICS_BYTES
         source = sum(extent.nbytes for extent in expression.loads(self.value))
-        workspace = 12 * expression.numel(self.value) if isinstance(self.value, Grown) else 0
-        return source + self.nbytes + workspace
+        return source if isinstance(self.value, Load) else source + self.nbytes
 
 
 def batches(segments: Iterable[Segment]) -> Iterator[list[Block]]:
@@ -48,11 +58,12 @@ def batches(segments: Iterable[Segment]) -> Iterator[list[Block]]:
     size = 0
     for segment in segments:
         for block in _blocks(segment):
-            if batch and size + block.nbytes > BLOCK_BYTES:
+            wider = max(block.nbytes, sum(e.nbytes for e in expression.loads(block.value)))
+            if batch and size + wider > BLOCK_BYTES:
                 yield batch
                 batch, size = [], 0
             batch.append(block)
-            size += block.nbytes
+            size += wider
     if batch:
         yield batch
 
@@ -62,13 +73,9 @@ def _blocks(segment: Segment) -> Iterator[Block]:
         raw = Load(segment.source, Dtype.U8, (segment.nbytes,))
         yield Block("", raw, segment.offset, segment.nbytes)
         return
-    value, offset = segment.value, segment.offset
-    axis = _row_axis(segment)
-    if axis is None:
-        yield Block(segment.tensor, value, offset, segment.nbytes)
-        return
+    value, axis, step = _division(segment)
     num_rows = value.shape[axis]
-    step = _rows_per_block(value, segment.nbytes, num_rows)
+    offset = segment.offset
     for start in range(0, num_rows, step):
         part = expression.rows(value, start, min(start + step, num_rows), axis=axis)
         nbytes = expression.nbytes(part)
@@ -76,18 +83,22 @@ def _blocks(segment: Segment) -> Iterator[Block]:
         offset += nbytes
 
 
-def _row_axis(segment: Computed) -> int | None:
-    if segment.nbytes <= BLOCK_BYTES and not isinstance(segment.value, Grown):
-        return None
-    if isinstance(segment.value, Grown | Concat):
-        return segment.value.axis
-    return next((axis for axis, length in enumerate(segment.value.shape) if length != 1), None)
+def _division(segment: Computed) -> tuple[Expression, int, int]:
+    """Return the value to divide, the axis along which, and the length of a block there."""
+    grown = expression.grown_in(segment.value)
+    if grown is None:
+        value = expression.flat(segment.value)
+        step = BLOCK_BYTES * 8 // _widest_bits(value)
+        return value, 0, max(_ELEMENTS_UNIT, step - step % _ELEMENTS_UNIT)
+    step = _GROWN_BLOCK_BYTES * grown.shape[grown.axis] // max(1, segment.nbytes)
+    return segment.value, grown.axis, max(GROWN_GROUP_ROWS, step - step % GROWN_GROUP_ROWS)
 
 
-def _rows_per_block(value: Expression, nbytes: int, num_rows: int) -> int:
-    rows = max(1, BLOCK_BYTES * num_rows // max(1, nbytes))
-    if not isinstance(value, Grown):
-        return rows
-    # Each block of grown rows is one more pass over the source: as few as memory allows.
-    rows = 4 * rows
-    return max(GROWN_GROUP_ROWS, rows - rows % GROWN_GROUP_ROWS)
+def _widest_bits(value: Expression) -> int:
+    match value:
+        case Load() | Grown():
+            return value.dtype.bits
+        case Cast(source=source):
+            return max(value.dtype.bits, _widest_bits(source))
+        case Concat(parts=parts):
+            return max(_widest_bits(part) for part in parts)

@@ -38,9 +38,8 @@ class BufferPool(Generic[B]):
                 return idle.pop()
         return self._allocate(capacity)
 
-    def give(self, buffer: B, nbytes: int) -> None:
-        """Take back a buffer that was taken for `nbytes` and that nobody uses any more."""
-        capacity = _capacity(nbytes)
+    def give(self, buffer: B, capacity: int) -> None:
+        """Take back a buffer of `capacity` that nobody uses any more."""
         with self._lock:
             if self._idle_bytes + capacity <= MAX_IDLE_BYTES:
                 self._idle.setdefault(capacity, []).append(buffer)

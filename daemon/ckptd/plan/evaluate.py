@@ -1,9 +1,11 @@
 """Computing expressions with torch: read blocks, evaluate them on a device, give bytes back.
 
 The only module of the plan that imports torch; it is loaded when a plan computes something. Blocks
-are self-contained expressions, so that any number of them can be in flight. Values never depend on
-the device's generator or on how a tensor was divided into blocks: randomness comes from CPU
-generators seeded by row group, statistics are taken over blocks of fixed size.
+are self-contained expressions, so that any number of them can be in flight; the bytes of a batch
+lie in two buffers of a pool, sources in one and results in the other, until the batch is released.
+Values never depend on the device's generator or on how a tensor was divided into blocks: randomness
+comes from CPU generators seeded by row group, statistics are taken over steps of fixed size, and
+rows are multiplied in whole groups.
 
 New rows around the mean follow the documented behaviour of `resize_token_embeddings` with
 `mean_resizing`: a normal distribution with the mean of the old rows and their covariance (divided
@@ -15,7 +17,8 @@ z of length n: `mu + sqrt(1e-9 / n) (W - mu)^T z` has that distribution exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,22 +27,28 @@ from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import Extent
 from ckptd.errors import CheckFailed
 from ckptd.plan import expression
-from ckptd.plan.blocks import GROWN_GROUP_ROWS, Block
+from ckptd.plan.blocks import GROWN_GROUP_ROWS, STATISTICS_BYTES, Block
+from ckptd.plan.buffers import BufferPool
 from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load, NewRows
 from ckptd.plan.sources import Sources
 
 COVARIANCE_SCALE = 1e-9
 """The factor on the old rows' covariance; transformers' `resize_token_embeddings` has the same."""
-_STATISTICS_BYTES = 4 << 20
-"""Source rows per statistics step, as float32 bytes; fixed, so that sums never depend on memory."""
+_ALIGNMENT_BYTES = 64
+"""Where a block begins in a buffer: wide enough for every dtype and for vector loads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Blocks with the bytes they need, as flat uint8 tensors in host memory."""
+    """Blocks with the bytes they need, as flat uint8 tensors, and room for their results.
+
+    The tensors are views of `buffers`, which belong to the batch until it is released.
+    """
 
     blocks: Sequence[Block]
     loaded: dict[Extent, torch.Tensor]
+    results: list[torch.Tensor]
+    buffers: list[torch.Tensor]
 
 
 class Evaluator:
@@ -49,6 +58,7 @@ class Evaluator:
         self._device = torch.device(device)
         self._sources = sources
         self._pinned = self._device.type == "cuda"
+        self._pool = BufferPool(_pinned_memory if self._pinned else _private_memory)
 
     def read(self, blocks: Sequence[Block]) -> Staged:
         """Return `blocks` with everything they load read into host memory.
@@ -56,97 +66,143 @@ class Evaluator:
         Raises:
             SourceChanged: a source ended early.
         """
-        loaded: dict[Extent, torch.Tensor] = {}
-        for block in blocks:
-            for extent in expression.loads(block.value):
-                if extent not in loaded:
-                    loaded[extent] = self._load(extent)
-        return Staged(blocks, loaded)
+        extents = dict.fromkeys(
+            extent for block in blocks for extent in expression.loads(block.value)
+        )
+        sources, places = self._room(extent.nbytes for extent in extents)
+        loaded = dict(zip(extents, places, strict=True))
+        for extent, place in loaded.items():
+            if extent.nbytes:
+                self._sources.read_into(place.numpy().data, extent)
+        made = (0 if isinstance(block.value, Load) else block.nbytes for block in blocks)
+        values, results = self._room(made)
+        return Staged(blocks, loaded, results, [sources, values])
 
     def compute(self, staged: Staged) -> list[memoryview]:
-        """Return the bytes of each staged block, in order.
+        """Return the bytes of each staged block, in order; they live until `release`.
 
         Raises:
             CheckFailed: a finite value does not fit the dtype it is cast to.
         """
         with torch.inference_mode():
             return [
-                _to_bytes(self._value(block.value, staged.loaded, block.tensor))
-                for block in staged.blocks
+                self._bytes_of(block, staged.loaded, result)
+                for block, result in zip(staged.blocks, staged.results, strict=True)
             ]
+
+    def release(self, staged: Staged) -> None:
+        """Take back the memory of a batch whose bytes nobody needs any more."""
+        for buffer in staged.buffers:
+            self._pool.give(buffer, len(buffer))
+
+    def _room(self, sizes: Iterable[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return a buffer and a view of it for each of `sizes`, none on a shared cache line."""
+        places, end = [], 0
+        for size in sizes:
+            places.append((end, size))
+            end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        buffer = self._pool.take(end)
+        return buffer, [buffer[start : start + size] for start, size in places]
+
+    def _bytes_of(
+        self, block: Block, loaded: dict[Extent, torch.Tensor], result: torch.Tensor
+    ) -> memoryview:
+        if isinstance(block.value, Load):
+            result = loaded[block.value.extent]
+        elif block.nbytes:
+            out = result.view(_torch_dtype(block.value.dtype)).view(block.value.shape)
+            self._put(out, block.value, loaded, block.tensor)
+        return result.numpy().data if block.nbytes else memoryview(b"")
+
+    def _put(
+        self, out: torch.Tensor, value: Expression, loaded: dict[Extent, torch.Tensor], tensor: str
+    ) -> None:
+        """Write `value` into `out`, which is host memory."""
+        if isinstance(value, Cast) and self._device.type == "cpu":
+            _cast_into(out, self._value(value.source, loaded, tensor), value.dtype, tensor)
+        else:
+            out.copy_(self._value(value, loaded, tensor))
 
     def _value(
         self, value: Expression, loaded: dict[Extent, torch.Tensor], tensor: str
     ) -> torch.Tensor:
         match value:
             case Load(extent=extent):
-                raw = loaded[extent].to(self._device, non_blocking=self._pinned)
+                raw = loaded[extent].to(self._device)
                 return raw.view(_torch_dtype(value.dtype)).view(value.shape)
-            case Cast(source=source):
-                return _cast(self._value(source, loaded, tensor), value.dtype, tensor)
+            case Cast(source=inner):
+                source = self._value(inner, loaded, tensor)
+                out = torch.empty_like(source, dtype=_torch_dtype(value.dtype))
+                _cast_into(out, source, value.dtype, tensor)
+                return out
             case Concat(parts=parts):
                 return torch.cat([self._value(part, loaded, tensor) for part in parts], value.axis)
             case Grown():
-                return self._grown(value)
+                new = self._grown(value, tensor)
+                return new.to(_torch_dtype(value.dtype)).view(value.shape)
 
-    def _load(self, extent: Extent) -> torch.Tensor:
-        raw = torch.empty(extent.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
-        if extent.nbytes:
-            self._sources.read_into(raw.numpy().data, extent)
-        return raw
-
-    def _grown(self, value: Grown) -> torch.Tensor:
+    def _grown(self, value: Grown, tensor: str) -> torch.Tensor:
+        """Return the new rows in host memory and in float32 or wider, of any shape."""
         if value.method is NewRows.ZERO:
-            new = torch.zeros(value.shape)
-        elif value.method is NewRows.NORMAL:
-            new = _noise(value, block=0, width=math.prod(value.shape[value.axis + 1 :])) * value.std
-        elif value.method is NewRows.MEAN:
-            new = self._around_mean(value)
-        else:
-            new = self._around_bias_mean(value)
-        return new.to(_torch_dtype(value.dtype)).view(value.shape)
+            return torch.zeros(value.shape)
+        if value.method is NewRows.NORMAL:
+            noise = _noise(value, step=0, width=math.prod(value.shape[value.axis + 1 :]))
+            return noise.mul_(value.std)
+        if value.method is NewRows.MEAN:
+            return self._around_mean(value, tensor)
+        return self._around_bias_mean(value, tensor)
 
-    def _around_mean(self, value: Grown) -> torch.Tensor:
+    def _around_mean(self, value: Grown, tensor: str) -> torch.Tensor:
         num_rows = value.source.shape[value.axis]
+        num_new = value.shape[value.axis]
         width = math.prod(value.source.shape[value.axis + 1 :])
         if num_rows == 0:
             return torch.zeros(value.shape)
         device = self._device
+        groups = _groups(value)
         total = torch.zeros(width, dtype=torch.float64, device=device)
         low = torch.full((width,), math.inf, device=device)
         high = torch.full((width,), -math.inf, device=device)
-        scatter = torch.zeros((value.shape[value.axis], width), device=device)
-        weight = torch.zeros((value.shape[value.axis], 1), device=device)
-        for number, rows in enumerate(self._source_rows(value, width)):
+        scatter = torch.zeros((len(groups) * GROWN_GROUP_ROWS, width), device=device)
+        weight = torch.zeros((len(scatter), 1), device=device)
+        for step, rows in enumerate(self._source_rows(value, width, tensor), start=1):
             total += rows.sum(0, dtype=torch.float64)
             low, high = torch.minimum(low, rows.amin(0)), torch.maximum(high, rows.amax(0))
-            noise = _noise(value, block=number + 1, width=len(rows)).to(self._device)
-            scatter += noise @ rows
-            weight += noise.sum(1, keepdim=True)
+            for place, group in enumerate(groups):
+                noise = _group_noise(value.seed, group, step=step, width=len(rows)).to(device)
+                here = slice(place * GROWN_GROUP_ROWS, (place + 1) * GROWN_GROUP_ROWS)
+                scatter[here] += noise @ rows
+                weight[here] += noise.sum(1, keepdim=True)
         mean = (total / num_rows).to(torch.float32)
         if num_rows <= width or bool((low == high).any()):
-            return mean.expand(value.shape[value.axis], width).cpu()
-        spread: torch.Tensor = scatter - weight * mean
-        spread *= math.sqrt(COVARIANCE_SCALE / num_rows)
-        return spread.add_(mean).cpu()
+            return mean.expand(num_new, width).cpu()
+        scatter.addcmul_(weight, mean, value=-1).mul_(math.sqrt(COVARIANCE_SCALE / num_rows))
+        start = value.first - groups[0] * GROWN_GROUP_ROWS
+        return scatter.add_(mean)[start : start + num_new].cpu()
 
-    def _around_bias_mean(self, value: Grown) -> torch.Tensor:
-        rows = torch.cat(list(self._source_rows(value, 1))).flatten().to(torch.float64)
+    def _around_bias_mean(self, value: Grown, tensor: str) -> torch.Tensor:
+        rows = torch.cat(list(self._source_rows(value, 1, tensor))).flatten().to(torch.float64)
         if rows.numel() == 0:
             return torch.zeros(value.shape)
         std = rows.std() if rows.numel() > 1 else rows.new_zeros(())
-        noise = _noise(value, block=0, width=1).flatten().to(rows)
+        noise = _noise(value, step=0, width=1).flatten().to(rows)
         return noise.mul_(COVARIANCE_SCALE * std).add_(rows.mean()).cpu()
 
-    def _source_rows(self, value: Grown, width: int) -> Iterator[torch.Tensor]:
+    def _source_rows(self, value: Grown, width: int, tensor: str) -> Iterator[torch.Tensor]:
+        """Yield the source's rows in float32 on the device, a step at a time."""
         num_rows = value.source.shape[value.axis]
-        step = max(1, _STATISTICS_BYTES // (4 * max(1, width)))
+        step = max(1, STATISTICS_BYTES // (4 * max(1, width)))
         for start in range(0, num_rows, step):
-            part = expression.rows(
-                value.source, start, min(start + step, num_rows), axis=value.axis
-            )
-            loaded = {extent: self._load(extent) for extent in expression.loads(part)}
-            yield self._value(part, loaded, "").reshape(-1, width).to(torch.float32)
+            stop = min(start + step, num_rows)
+            part = expression.rows(value.source, start, stop, axis=value.axis)
+            extents = list(expression.loads(part))
+            buffer, places = self._room(extent.nbytes for extent in extents)
+            loaded = dict(zip(extents, places, strict=True))
+            for extent, place in loaded.items():
+                self._sources.read_into(place.numpy().data, extent)
+            rows = self._value(part, loaded, tensor).reshape(-1, width).to(torch.float32, copy=True)
+            self._pool.give(buffer, len(buffer))
+            yield rows
 
 
 def set_threads(count: int) -> None:
@@ -173,17 +229,27 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
-def _noise(value: Grown, *, block: int, width: int) -> torch.Tensor:
-    """Standard normal values (new rows, width) that depend on seed, row group and block alone."""
-    count = value.shape[value.axis]
-    first_group = value.first // GROWN_GROUP_ROWS
-    last_group = (value.first + count - 1) // GROWN_GROUP_ROWS
-    groups = []
-    for group in range(first_group, last_group + 1):
-        generator = torch.Generator().manual_seed(_mix(value.seed, group, block))
-        groups.append(torch.randn((GROWN_GROUP_ROWS, width), generator=generator))
-    start = value.first - first_group * GROWN_GROUP_ROWS
-    return torch.cat(groups)[start : start + count]
+def _groups(value: Grown) -> range:
+    """The groups of rows that the new rows belong to."""
+    last = value.first + value.shape[value.axis] - 1
+    return range(value.first // GROWN_GROUP_ROWS, last // GROWN_GROUP_ROWS + 1)
+
+
+def _group_noise(seed: int, group: int, *, step: int, width: int) -> torch.Tensor:
+    """Standard normal values (rows of a group, width), by seed, group and statistics step alone."""
+    generator = torch.Generator().manual_seed(_mix(seed, group, step))
+    return torch.randn((GROWN_GROUP_ROWS, width), generator=generator)
+
+
+def _noise(value: Grown, *, step: int, width: int) -> torch.Tensor:
+    """Standard normal values (new rows, width)."""
+    out = torch.empty((value.shape[value.axis], width))
+    for group in _groups(value):
+        begin = group * GROWN_GROUP_ROWS - value.first
+        rows = _group_noise(value.seed, group, step=step, width=width)
+        low, high = max(0, begin), min(len(out), begin + GROWN_GROUP_ROWS)
+        out[low:high] = rows[low - begin : high - begin]
+    return out
 
 
 def _mix(*numbers: int) -> int:
@@ -197,17 +263,27 @@ def _mix(*numbers: int) -> int:
     return state >> 1
 
 
-def _cast(source: torch.Tensor, dtype: Dtype, tensor: str) -> torch.Tensor:
-    result = source.to(_torch_dtype(dtype))
-    if dtype is Dtype.F16 and source.dtype is not torch.float16:
-        lost = int((torch.isinf(result) & torch.isfinite(source)).sum())
-        if lost:
-            raise CheckFailed(
-                f"tensor {tensor!r}: {lost} values are too large for float16",
-                check="cast",
-                hint="cast to bfloat16, or leave this tensor as it is with `keep`",
-            )
-    return result
+def _cast_into(out: torch.Tensor, source: torch.Tensor, dtype: Dtype, tensor: str) -> None:
+    """Write `source` into `out`, each value rounded once to its `dtype`.
+
+    Raises:
+        CheckFailed: a finite value is beyond the largest of `dtype`.
+    """
+    out.copy_(source)
+    if not (dtype.is_plain_float and source.is_floating_point() and out.numel()):
+        return
+    if torch.finfo(out.dtype).max >= torch.finfo(source.dtype).max:
+        return
+    low, high = torch.aminmax(out)
+    if bool(torch.isfinite(low) & torch.isfinite(high)):
+        return
+    lost = int((torch.isinf(out) & torch.isfinite(source)).sum())
+    if lost:
+        raise CheckFailed(
+            f"tensor {tensor!r}: {lost} values are too large for {dtype.torch_name}",
+            check="cast",
+            hint="cast to a wider dtype, or leave this tensor as it is with `keep`",
+        )
 
 
 def _torch_dtype(dtype: Dtype) -> torch.dtype:
@@ -218,6 +294,11 @@ def _torch_dtype(dtype: Dtype) -> torch.dtype:
     return found
 
 
-def _to_bytes(value: torch.Tensor) -> memoryview:
-    flat = value.to("cpu").contiguous().flatten()
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+def _private_memory(capacity: int) -> torch.Tensor:
+    """Memory of its own mapping: dropping it gives it back to the system, whatever thread did."""
+    memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _pinned_memory(capacity: int) -> torch.Tensor:
+    return torch.empty(capacity, dtype=torch.uint8, pin_memory=True)

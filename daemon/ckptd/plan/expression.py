@@ -107,8 +107,15 @@ def load(tensor: StoredTensor) -> Load:
 
 
 def cast(source: Expression, dtype: Dtype) -> Expression:
-    """Return `source` in `dtype`; the source itself where it has that dtype."""
-    return source if source.dtype is dtype else Cast(source, dtype)
+    """Return `source` in `dtype`; the source itself where it has that dtype.
+
+    A cast of parts becomes parts that are cast, so that each part keeps its own way to be computed.
+    """
+    if source.dtype is dtype:
+        return source
+    if isinstance(source, Concat):
+        return Concat(tuple(cast(part, dtype) for part in source.parts), source.axis)
+    return Cast(source, dtype)
 
 
 def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Expression:
@@ -136,7 +143,8 @@ def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Express
         case Cast(source=inner):
             return Cast(rows(inner, start, stop, axis=axis), source.dtype)
         case Concat() if source.axis == axis:
-            return concat(list(_concat_rows(source, start, stop)), axis=axis)
+            parts = list(_concat_rows(source, start, stop))
+            return concat(parts or [rows(source.parts[0], 0, 0, axis=axis)], axis=axis)
         case Grown() if source.axis == axis:
             return dataclasses.replace(source, shape=shape, first=source.first + start)
         case _:
@@ -161,6 +169,30 @@ def concat(parts: Sequence[Expression], *, axis: int = 0) -> Expression:
             raise ValueError(f"dtypes {first.dtype} and {part.dtype} do not join")
     full = tuple(part for part in parts if part.shape[axis]) or (first,)
     return full[0] if len(full) == 1 else Concat(full, axis)
+
+
+def flat(source: Expression) -> Expression:
+    """Return the elements of `source`, made of loads and casts alone, as one long row.
+
+    Raises:
+        ValueError: a part is made from statistics of rows, which have no meaning element by element.
+    """
+    match source:
+        case Load():
+            return Load(source.extent, source.dtype, (numel(source),))
+        case Cast(source=inner):
+            return Cast(flat(inner), source.dtype)
+        case Concat(parts=parts):
+            return concat([flat(part) for part in parts])
+        case Grown():
+            raise ValueError("grown rows have no elements of their own")
+
+
+def grown_in(source: Expression) -> Grown | None:
+    """Return the grown rows that `source` is, as they are or cast, or None if it is anything else."""
+    while isinstance(source, Cast):
+        source = source.source
+    return source if isinstance(source, Grown) else None
 
 
 def numel(expression: Expression) -> int:

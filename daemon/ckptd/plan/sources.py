@@ -51,12 +51,19 @@ class Sources:
         """Fill `buffer`, of the extent's length, with the extent's bytes.
 
         Raises:
-            SourceChanged: the file ended before the extent did.
+            SourceChanged: the file ended before the extent did, or can no longer be read.
         """
         fd = self.fd(extent.path)
         done = 0
         while done < extent.nbytes:
-            got = os.preadv(fd, [buffer[done:]], extent.offset + done)
+            try:
+                got = os.preadv(fd, [buffer[done:]], extent.offset + done)
+            except OSError as error:
+                raise SourceChanged(
+                    path=extent.path,
+                    expected="a readable file",
+                    found=error.strerror or "an error",
+                ) from error
             if got == 0:
                 raise SourceChanged(
                     path=extent.path,
@@ -71,10 +78,7 @@ class Sources:
         Raises:
             SourceChanged: names the first that is not.
         """
-        changed = checkpoint.check_unchanged(self._stamps)
-        if changed is not None:
-            path, _, what = changed.partition(": ")
-            raise SourceChanged(path=path, expected="no change", found=what)
+        checkpoint.check_unchanged(self._stamps)
 
     def _open(self, path: Path) -> int:
         try:

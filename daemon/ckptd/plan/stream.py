@@ -11,6 +11,7 @@ divided so that all workers have work.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import threading
@@ -58,6 +59,9 @@ class Evaluator(Protocol):
     def compute(self, staged: Any) -> list[memoryview]:
         """Return the bytes of each block `read` staged; blocks the calling thread."""
 
+    def release(self, staged: Any) -> None:
+        """Take back the memory of what `read` staged and `compute` returned."""
+
 
 class Meter:
     """Bytes read, computed and written so far; any thread adds, anyone reads."""
@@ -96,7 +100,8 @@ class _Work:
 class _Batch:
     blocks: list[Block]
     share: int
-    content: Any = field(repr=False)
+    staged: Any = field(repr=False)
+    values: list[memoryview] = field(default_factory=list, repr=False)
 
 
 class Stream:
@@ -205,6 +210,7 @@ class Stream:
     def _open(self, shard: _Shard) -> None:
         shard.file.open()
         self._write(shard, shard.plan.head, 0)
+        self._meter.add(written=len(shard.plan.head))
 
     async def _finish(self, shard: _Shard) -> FinishedShard:
         sha256 = shard.sha256.hexdigest() if shard.sha256 is not None else None
@@ -236,9 +242,9 @@ class Stream:
         async with out:
             for batch in blocks.batches(segments):
                 share = await self._budget.acquire(sum(block.cost_bytes for block in batch))
-                content = await self._in_thread(self._evaluator.read, batch)
+                staged = await self._in_thread(self._evaluator.read, batch)
                 self._meter.add(read=sum(block.source_bytes for block in batch))
-                await out.send(_Batch(batch, share, content))
+                await out.send(_Batch(batch, share, staged))
 
     async def _compute_batches(
         self, staged: MemoryObjectReceiveStream[_Batch], out: MemoryObjectSendStream[_Batch]
@@ -246,20 +252,22 @@ class Stream:
         assert self._evaluator is not None
         async with staged, out:
             async for batch in staged:
-                values = await self._in_thread(self._evaluator.compute, batch.content)
+                values = await self._in_thread(self._evaluator.compute, batch.staged)
                 self._meter.add(computed=sum(block.nbytes for block in batch.blocks))
-                await out.send(_Batch(batch.blocks, batch.share, values))
+                await out.send(dataclasses.replace(batch, values=values))
 
     async def _write_batches(
         self, shard: _Shard, values: MemoryObjectReceiveStream[_Batch]
     ) -> None:
+        assert self._evaluator is not None
         async with values:
             async for batch in values:
                 await self._in_thread(self._write_blocks, shard, batch)
+                self._evaluator.release(batch.staged)
                 self._budget.release(batch.share)
 
     def _write_blocks(self, shard: _Shard, batch: _Batch) -> None:
-        for block, value in zip(batch.blocks, batch.content, strict=True):
+        for block, value in zip(batch.blocks, batch.values, strict=True):
             assert len(value) == block.nbytes, (block.tensor, len(value), block.nbytes)
             self._write(shard, value, block.offset)
         self._tick(0, sum(block.nbytes for block in batch.blocks))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx2
 import pytest
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete, HfApi, ModelCard
@@ -79,23 +81,17 @@ def test_unchanged_files_are_recognised(api: HfApi, repo: str, add):
 
 
 def test_a_copy_needs_no_upload(api: HfApi, hub, repo: str, add):
-    """CommitOperationCopy puts LFS content under another path, in another repo too."""
+    """CommitOperationCopy puts LFS content under another path without sending it again."""
     api.create_commit(repo, [add("a.bin", b"\0abc")], commit_message="a")
-    api.create_repo("acme/other")
     hub.ledger.clear()
     api.create_commit(repo, [CommitOperationCopy("a.bin", "b.bin")], commit_message="b")
-    copy = CommitOperationCopy("a.bin", "c.bin", src_repo_id=repo)
-    api.create_commit("acme/other", [copy], commit_message="c")
     assert files(api, repo) == {"a.bin", "b.bin"}
-    assert files(api, "acme/other") == {"c.bin"}
     assert not hub.ledger.find("PUT")
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/x", "a//b", ".git/config", "a\0b", ""])
 def test_paths_that_leave_the_repo_are_refused(hub, repo: str, path: str):
     """The server itself refuses hostile paths, the client's own check aside."""
-    import json
-
     lines = [
         {"key": "header", "value": {"summary": "x"}},
         {"key": "file", "value": {"path": path, "content": "", "encoding": "base64"}},
@@ -119,8 +115,11 @@ def test_a_file_cannot_be_a_folder_too(api: HfApi, repo: str, add):
 
 def test_a_pointer_to_content_that_never_came_is_refused(hub, repo: str):
     """An lfsFile without content gets the public Hub's 400."""
-    value = '{"path": "a.bin", "algo": "sha256", "oid": "%s", "size": 1}' % ("0" * 64)
-    body = '{"key":"header","value":{"summary":"x"}}\n{"key":"lfsFile","value":%s}' % value
+    lines = [
+        {"key": "header", "value": {"summary": "x"}},
+        {"key": "lfsFile", "value": {"path": "a.bin", "oid": "0" * 64, "size": 1}},
+    ]
+    body = "\n".join(map(json.dumps, lines))
     answer = httpx2.post(
         f"{hub.url}/api/models/{repo}/commit/main",
         content=body,

@@ -16,18 +16,18 @@ from ckptd.hub.local.options import Choices
 
 def test_the_tree_comes_in_pages(tmp_path: Path, add, hub_tokens):
     """More entries than one page are followed by Link headers, expanded or not."""
-    choices = Choices(tree_page=40)
+    choices = Choices(tree_page=20)
     with server.running(root=tmp_path / "h", tokens=hub_tokens, choices=choices) as hub:
         api = HfApi(endpoint=hub.url, token=hub.token)
         api.create_repo("acme/run")
-        ops = [add(f"d{n % 3}/f{n}.json", b"%d" % n) for n in range(60)]
+        ops = [add(f"d{n % 3}/f{n}.json", b"%d" % n) for n in range(30)]
         api.create_commit("acme/run", ops, commit_message="many")
         plain = [item.path for item in api.list_repo_tree("acme/run", recursive=True)]
         hub.ledger.clear()
         expanded = list(api.list_repo_tree("acme/run", recursive=True, expand=True))
         assert [item.path for item in expanded] == plain
-        assert len(plain) == 60 + 3 + 1
-        assert len(hub.ledger.find("GET", "/tree/")) == 32
+        assert len(plain) == 30 + 3 + 1
+        assert len(hub.ledger.find("GET", "/tree/")) == 34
         assert {item.last_commit.title for item in expanded} == {"many", "initial commit"}
 
 

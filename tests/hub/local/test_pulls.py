@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from huggingface_hub import CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+
+from ckptd.hub.local import server
+from ckptd.hub.local.options import Choices
 
 
 def test_a_pull_request_goes_from_draft_to_merged(api: HfApi, repo: str, add):
@@ -92,17 +97,21 @@ def test_a_draft_is_not_merged(api: HfApi, repo: str):
     assert caught.value.response.status_code == 400
 
 
-def test_discussions_are_listed_by_type_and_status(api: HfApi, repo: str):
+def test_discussions_are_listed_by_type_and_status(tmp_path: Path, hub_tokens):
     """get_repo_discussions filters, newest first, over several pages."""
-    api.create_discussion(repo, title="a question")
-    for number in range(51):
-        api.create_pull_request(repo, title=f"pull {number}")
-    api.change_discussion_status(repo, 2, "closed")
-    pulls = [pull.num for pull in api.get_repo_discussions(repo, discussion_type="pull_request")]
-    closed = [item.num for item in api.get_repo_discussions(repo, discussion_status="closed")]
-    assert pulls == list(range(52, 1, -1))
-    assert closed == [2]
-    assert len(list(api.get_repo_discussions(repo))) == 52
+    choices = Choices(discussions_page=2)
+    with server.running(root=tmp_path / "h", tokens=hub_tokens, choices=choices) as hub:
+        api = HfApi(endpoint=hub.url, token=hub.token)
+        api.create_repo("acme/run")
+        api.create_discussion("acme/run", title="a question")
+        for number in range(3):
+            api.create_pull_request("acme/run", title=f"pull {number}")
+        api.change_discussion_status("acme/run", 2, "closed")
+        pulls = api.get_repo_discussions("acme/run", discussion_type="pull_request")
+        closed = api.get_repo_discussions("acme/run", discussion_status="closed")
+        assert [pull.num for pull in pulls] == [4, 3, 2]
+        assert [item.num for item in closed] == [2]
+        assert len(list(api.get_repo_discussions("acme/run"))) == 4
 
 
 def test_comments_and_titles(api: HfApi, repo: str):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.routing import Router
+from starlette.types import Receive, Scope, Send
 
 from ckptd.hub.local import accounts, refusal, wire
 from ckptd.hub.local.accounts import Account
@@ -58,18 +56,16 @@ def create_app(
         xet=XetStore(store.root / "xet") if choices.xet else None,
         choices=choices,
     )
-    app = Starlette(
+    app = Router(
         routes=[route for room in ROOMS for route in room.routes(hub)],
-        exception_handlers={HTTPException: _not_found},
+        redirect_slashes=False,
+        default=_not_found,
     )
-    app.router.redirect_slashes = False
     return Traffic(app, ledger=ledger if ledger is not None else Ledger(), faults=faults)
 
 
-def _not_found(_: Request, exc: Exception) -> Response:
-    status = exc.status_code if isinstance(exc, HTTPException) else 500
-    text = {404: "No such page", 405: "Method not allowed"}.get(status, "Error")
-    return wire.refused_answer(refusal.Refused(status, text))
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    await wire.refused_answer(refusal.Refused(404, "No such page"))(scope, receive, send)
 
 
 def _secret(store: Store) -> bytes:

@@ -30,17 +30,11 @@ def opened(
     head: str | None = None,
     status: Status = "open",
 ) -> tuple[Repo, int]:
-    """Return the repo with one more discussion, or pull request where `base` is set.
-
-    Raises:
-        refusal.Refused: 400, the title is too short or too long.
-    """
-    if len(title.strip()) not in TITLE_CHARS:
-        raise refusal.bad_request("A title has 3 to 200 characters")
+    """Return the repo with one more discussion, or pull request where `base` is set."""
     number = max(repo.discussions, default=0) + 1
     discussion = Discussion(
         num=number,
-        title=title.strip(),
+        title=title[: TITLE_CHARS.stop - 1],
         author=author,
         date=now(),
         status=status,
@@ -50,6 +44,14 @@ def opened(
     pulls = {**repo.pulls, number: head} if head is not None else repo.pulls
     listed = {**repo.discussions, number: discussion}
     return replace(repo, discussions=listed, pulls=pulls), number
+
+
+def checked_title(title: str) -> str:
+    """Return the title without blanks around it. Raises Refused (400) outside 3 to 200 chars."""
+    title = title.strip()
+    if len(title) not in TITLE_CHARS:
+        raise refusal.bad_request("A title has 3 to 200 characters")
+    return title
 
 
 def get(repo: Repo, number: int) -> Discussion:
@@ -101,11 +103,10 @@ def with_status(
 def renamed(repo: Repo, number: int, title: str, *, author: str) -> tuple[Repo, Event]:
     """Return the repo with the discussion's new title, and the event of it."""
     discussion = get(repo, number)
-    if len(title.strip()) not in TITLE_CHARS:
-        raise refusal.bad_request("A title has 3 to 200 characters")
-    data: dict[str, object] = {"from": discussion.title, "to": title.strip()}
+    title = checked_title(title)
+    data: dict[str, object] = {"from": discussion.title, "to": title}
     event = _event("title-change", author, data)
-    return with_events(repo, replace(discussion, title=title.strip()), event), event
+    return with_events(repo, replace(discussion, title=title), event), event
 
 
 def merge(store: Store, repo_id: RepoId, number: int, *, author: str, comment: str = "") -> Commit:

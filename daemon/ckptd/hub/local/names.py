@@ -16,7 +16,7 @@ LONGEST_PATH_CHARS = 4096
 _PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
 _REF = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]{1,200}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_RESERVED = frozenset({"api", "lfs", "datasets", "spaces", "models", "favicon.ico"})
+_RESERVED = frozenset({"api", "cas", "lfs", "datasets", "spaces", "models", "favicon.ico"})
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -25,6 +25,7 @@ class Choices:
     tree_page: int = 1000
     """Entries of one answer to a tree request (a twentieth of it when expanded)."""
     commits_page: int = 50
+    discussions_page: int = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

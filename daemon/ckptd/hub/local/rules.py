@@ -111,8 +111,10 @@ def _matches(path: str, pattern: str) -> bool:
 @functools.lru_cache(maxsize=512)
 def _compiled(pattern: str) -> re.Pattern[str]:
     pieces = []
-    for piece in re.findall(r"\*\*/|/\*\*|\*+|\?|\[[^\]/]+\]|[^*?\[/]+|.", pattern):
+    for piece in re.findall(r"/\*\*/|\*\*/|/\*\*|\*+|\?|\[[^\]/]+\]|[^*?\[/]+|.", pattern):
         match piece:
+            case "/**/":
+                pieces.append("/(?:.*/)?")
             case "**/":
                 pieces.append("(?:.*/)?")
             case "/**":

@@ -115,12 +115,9 @@ class Traffic:
         # Routing must see percent-encoded slashes: a revision like refs/pr/1 is one segment.
         raw = scope.get("raw_path") or scope["path"].encode()
         scope = {**scope, "path": raw.decode("ascii", "replace")}
-        exchange = _Exchange(receive, send)
         started = time.monotonic()
-        try:
-            fault = self.faults(Request(scope)) if self.faults is not None else None
-            await self._serve(scope, exchange, fault, send)
-        finally:
+
+        def note(exchange: _Exchange) -> None:
             self.ledger.add(
                 Entry(
                     method=scope["method"],
@@ -132,6 +129,13 @@ class Traffic:
                     seconds=time.monotonic() - started,
                 )
             )
+
+        exchange = _Exchange(receive, send, note)
+        try:
+            fault = self.faults(Request(scope)) if self.faults is not None else None
+            await self._serve(scope, exchange, fault, send)
+        finally:
+            exchange.finish()
 
     async def _serve(
         self, scope: Scope, exchange: _Exchange, fault: Response | Fault | None, send: Send
@@ -170,9 +174,13 @@ class Traffic:
 
 
 class _Exchange:
-    """Receive and send of one request, counted."""
+    """Receive and send of one request, counted.
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    `note` is called once, before the last byte leaves: who has an answer finds it in the ledger.
+    """
+
+    def __init__(self, receive: Receive, send: Send, note: Callable[[_Exchange], None]) -> None:
+        self._note: Callable[[_Exchange], None] | None = note
         self._receive = receive
         self._send = send
         self._id = uuid.uuid4().hex
@@ -194,8 +202,16 @@ class _Exchange:
             headers = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
             message = {**message, "headers": headers}
         self.bytes_out += len(message.get("body", b""))
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.finish()
         if not self.mute:
             await self._send(message)
+
+    def finish(self) -> None:
+        """Note the request, the first time."""
+        note, self._note = self._note, None
+        if note is not None:
+            note(self)
 
     async def drain(self) -> None:
         """Read and forget the rest of the body, so that the client gets to read the answer."""

@@ -19,6 +19,8 @@ from ckptd.hub.local.wire import Call, route
 
 SHOWN_COMMITS = 30
 SHOWN_CARD_BYTES = 256 * 1024
+NO_PAGES = ("api", "cas", "lfs")
+"""First parts of paths that only programs ask for."""
 HEADERS = {
     "Content-Security-Policy": pages.CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -27,7 +29,12 @@ HEADERS = {
 
 def routes(hub: Hub) -> list[Route]:
     """Return the routes of this module."""
-    found = [route(hub, "/", "GET", _page(index))]
+    methods = "GET HEAD POST PUT PATCH DELETE"
+    found = [
+        route(hub, f"/{name}/{{rest:path}}", methods, no_such_endpoint, accounts_matter=False)
+        for name in NO_PAGES
+    ]
+    found.append(route(hub, "/", "GET", _page(index)))
     for prefix in ("/{namespace}/{name}", "/{kind}/{namespace}/{name}"):
         found += [
             route(hub, prefix, "GET", _page(repo)),
@@ -36,6 +43,11 @@ def routes(hub: Hub) -> list[Route]:
             route(hub, prefix + "/discussions/{number:int}", "GET", _page(discussion)),
         ]
     return found
+
+
+def no_such_endpoint(call: Call) -> Response:
+    """Answer 404 to what no module before this one knows."""
+    raise refusal.Refused(404, f"No such endpoint: {call.url_path}")
 
 
 def index(call: Call) -> pages.Html:

@@ -14,8 +14,6 @@ from ckptd.hub.local.routes.repos import REPO
 from ckptd.hub.local.values import MAIN, Discussion, Event, Repo, Status
 from ckptd.hub.local.wire import Call, route
 
-PAGE = 50
-
 
 class OpenBody(BaseModel):
     """A new discussion, or draft pull request against main."""
@@ -70,8 +68,9 @@ def listing(call: Call) -> Response:
         and call.query.get("author", discussion.author) == discussion.author
     ]
     page = call.query.get("p", "0")
-    start = int(page) * PAGE if page.isdecimal() else 0
-    answer = [_summary(repo, discussion) for discussion in chosen[start : start + PAGE]]
+    size = call.hub.choices.discussions_page
+    start = int(page) * size if page.isdecimal() else 0
+    answer = [_summary(repo, discussion) for discussion in chosen[start : start + size]]
     return JSONResponse({"discussions": answer, "count": len(chosen), "start": start})
 
 
@@ -84,7 +83,7 @@ def create(call: Call) -> Response:
     def change(repo: Repo) -> tuple[Repo, int]:
         return discussions.opened(
             repo,
-            title=body.title,
+            title=discussions.checked_title(body.title),
             text=body.description,
             author=call.account.name,
             base=MAIN if pull else None,

@@ -121,9 +121,9 @@ def verify(call: Call) -> Response:
 
 
 def duplicate(call: Call) -> Response:
-    """Make LFS files of another repo usable here; all repos share one store, so they are."""
-    call.contributable()
-    return JSONResponse({"success": True})
+    """Make LFS files of this repo usable in another; all repos share one store, so they are."""
+    call.repo()
+    return JSONResponse({"failed": []})
 
 
 async def upload(call: Call, request: Request) -> Response:

@@ -1,0 +1,275 @@
+"""`ckptd jobs`: what became of every checkpoint, and another try or an end for a job."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckptd import errors, units
+from ckptd.cli import arguments
+from ckptd.cli.arguments import Json, SettingsFile, StateFolder
+from ckptd.cli.output import Output
+
+if TYPE_CHECKING:
+    from ckptd.jobs.database import Database
+    from ckptd.jobs.job import Job, Outcome
+    from ckptd.jobs.store import Sighting
+
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Job id, or the beginning of one.")]
+_REASON_CHARS = 60
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the group."""
+    group = typer.Typer(
+        help="What became of every checkpoint; try a job again or cancel it.",
+        no_args_is_help=True,
+        rich_markup_mode=None,
+    )
+    group.command(
+        epilog=arguments.examples(
+            "ckptd jobs ls",
+            "ckptd jobs ls --state failed --state waiting",
+            "ckptd jobs ls --all --json",
+        )
+    )(ls)
+    group.command(epilog=arguments.examples("ckptd jobs info 3f2a"))(info)
+    group.command(epilog=arguments.examples("ckptd jobs retry 3f2a"))(retry)
+    group.command(epilog=arguments.examples("ckptd jobs cancel 3f2a"))(cancel)
+    app.add_typer(group, name="jobs")
+
+
+def ls(
+    state: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STATE", help="Only jobs in this state; may be given several times."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also checkpoints that were seen and got no job, and why.")
+    ] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The newest so many jobs. Default: all.")
+    ] = None,
+    settings: SettingsFile = None,
+    state_dir: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """List the jobs, oldest first."""
+    states = _states(state)
+    output = Output(as_json=as_json)
+    database = _open(settings, state_dir, output)
+    if database is None:
+        if as_json:
+            output.value({"jobs": []} | ({"sightings": []} if everything else {}))
+        return
+    with database:
+        found = database.list(states=states, limit=limit)
+        sightings = [s for s in database.sightings() if s.job_id is None] if everything else []
+    if as_json:
+        value: dict[str, Any] = {"jobs": [_summary(job) for job in found]}
+        output.value(value | ({"sightings": sightings} if everything else {}))
+        return
+    if found:
+        _print_jobs(found, output)
+    else:
+        output.talk("no jobs" + (" in that state" if state else " yet"))
+    if sightings:
+        output.data()
+        _print_sightings(sightings, output)
+
+
+def info(
+    job_id: JobId,
+    settings: SettingsFile = None,
+    state_dir: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Show one job: where it stands and why, what it did, what happened to it."""
+    output = Output(as_json=as_json)
+    with _require(settings, state_dir) as database:
+        job = database.get(job_id)
+        history = database.history(job.job_id)
+    if as_json:
+        output.value({"job": job, "history": history})
+        return
+    spec, waits = job.spec, job.next_try_at is not None
+    output.fields(
+        {
+            "job": job.job_id,
+            "state": job.state.value + (", asked to stop" if job.cancel_requested else ""),
+            "reason": job.reason,
+            "hint": job.failure.hint if job.failure is not None else None,
+            "next try": _when(job.next_try_at) if waits else None,
+            "checkpoint": spec.source_path,
+            "step": spec.step,
+            "pipeline": f"{spec.pipeline} ({spec.pipeline_digest[:12]})",
+            "target": spec.target or "nothing is pushed",
+            "content": spec.content_digest,
+            "attempt": job.attempt,
+            "failures": job.failures or None,
+            "worker": job.worker,
+        }
+        | outcome_fields(job.outcome)
+    )
+    output.data()
+    for moment in history:
+        why = f"  {moment.reason}" if moment.reason else ""
+        output.data(f"{_when(moment.at)}  {moment.state.value:<9}  try {moment.attempt}{why}")
+
+
+def retry(
+    job_id: JobId,
+    settings: SettingsFile = None,
+    state_dir: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Queue a job again now, whatever became of it."""
+    with _require(settings, state_dir, writing=True) as database:
+        job = database.retry(database.get(job_id).job_id, now=time.time())
+    _tell_moved(job, Output(as_json=as_json))
+
+
+def cancel(
+    job_id: JobId,
+    settings: SettingsFile = None,
+    state_dir: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """End a job; one that runs is stopped by the daemon."""
+    with _require(settings, state_dir, writing=True) as database:
+        job = database.cancel(database.get(job_id).job_id, now=time.time())
+    _tell_moved(job, Output(as_json=as_json))
+
+
+def outcome_fields(outcome: Outcome | None) -> dict[str, object]:
+    """Return what a job did as named values for people; None where it does not apply."""
+    if outcome is None:
+        return {}
+    moved = {
+        "read": outcome.read_bytes,
+        "computed": outcome.computed_bytes,
+        "written": outcome.written_bytes,
+        "uploaded": outcome.uploaded_bytes,
+    }
+    done = ", ".join(f"{units.format_bytes(size)} {name}" for name, size in moved.items() if size)
+    return {
+        "output": outcome.output_path,
+        "shards": f"{outcome.num_shards} ({outcome.num_files} files)",
+        "bytes": done or None,
+        "took": units.format_duration(outcome.duration_s),
+        "peak memory": units.format_bytes(outcome.peak_bytes) if outcome.peak_bytes else None,
+        "commit": outcome.commit_url,
+        "pull request": outcome.pr_url,
+        "git tag": outcome.git_tag,
+    }
+
+
+def _tell_moved(job: Job, output: Output) -> None:
+    if output.as_json:
+        output.value(_summary(job))
+    elif job.cancel_requested:
+        output.data(f"job {job.job_id} was asked to stop")
+    else:
+        output.data(f"job {job.job_id} is {job.state.value}")
+
+
+def _print_jobs(found: Any, output: Output) -> None:
+    output.table(
+        ("JOB", "STATE", "RUN", "CHECKPOINT", "TARGET", "TRY", "SINCE", "WHY"),
+        [
+            (
+                job.job_id,
+                job.state.value,
+                job.spec.run,
+                job.spec.name,
+                job.spec.target or "-",
+                str(job.attempt),
+                _when(job.updated_at),
+                _short(job.reason),
+            )
+            for job in found
+        ],
+        right=("TRY",),
+    )
+
+
+def _print_sightings(sightings: list[Sighting], output: Output) -> None:
+    output.table(
+        ("CHECKPOINT", "PIPELINE", "VERDICT", "SEEN", "WHY"),
+        [
+            (s.source_path, s.pipeline, s.verdict.value, _when(s.at), _short(s.reason))
+            for s in sightings
+        ],
+    )
+
+
+def _summary(job: Job) -> dict[str, Any]:
+    return {
+        "job_id": job.job_id,
+        "state": job.state,
+        "reason": job.reason,
+        "pipeline": job.spec.pipeline,
+        "source_path": job.spec.source_path,
+        "run": job.spec.run,
+        "name": job.spec.name,
+        "step": job.spec.step,
+        "target": job.spec.target,
+        "content_digest": job.spec.content_digest,
+        "attempt": job.attempt,
+        "failures": job.failures,
+        "failure": job.failure,
+        "outcome": job.outcome,
+        "next_try_at": job.next_try_at,
+        "cancel_requested": job.cancel_requested,
+        "created_at": job.spec.created_at,
+        "updated_at": job.updated_at,
+    }
+
+
+def _states(names: list[str] | None) -> Any:
+    from ckptd.jobs.job import State
+
+    known = {state.value: state for state in State}
+    for name in names or ():
+        if name not in known:
+            raise errors.UsageError(f"no state {name!r}", hint=f"one of {', '.join(known)}")
+    return [known[name] for name in names] if names else None
+
+
+def _open(
+    settings_path: Path | None, state_path: Path | None, output: Output
+) -> Database | None:
+    """Return the database for reading, or None, told, where no daemon has made one."""
+    from ckptd.jobs.database import Database
+
+    path = arguments.settings(settings_path, state_path).database_path
+    if not path.exists():
+        output.talk(f"no jobs yet: no daemon has run with {path.parent} (--state-dir names others)")
+        return None
+    return Database(path, read_only=True)
+
+
+def _require(
+    settings_path: Path | None, state_path: Path | None, *, writing: bool = False
+) -> Database:
+    from ckptd.jobs.database import Database
+
+    path = arguments.settings(settings_path, state_path).database_path
+    if not path.exists():
+        raise errors.UsageError(
+            f"no jobs yet: no daemon has run with {path.parent}",
+            hint="--state-dir names another state folder",
+        )
+    return Database(path, read_only=not writing)
+
+
+def _when(at: float | None) -> str:
+    return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _short(text: str | None) -> str:
+    line = " ".join((text or "").split())
+    return line if len(line) <= _REASON_CHARS else line[: _REASON_CHARS - 1] + "…"

@@ -1,0 +1,164 @@
+"""`ckptd status`: is the daemon there, and what is it doing."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptd import units
+from ckptd.cli import arguments
+from ckptd.cli.arguments import Json, SettingsFile, StateFolder
+from ckptd.cli.output import Output, plain
+
+if TYPE_CHECKING:
+    from ckptd.telemetry.status import DaemonStatus, JobStatus
+
+WATCH_S = 1.0
+"""Seconds between two looks of `--watch`."""
+_CLEAR = "\x1b[H\x1b[J"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        epilog=arguments.examples(
+            "ckptd status",
+            "ckptd status --watch",
+            "ckptd status --state-dir /var/lib/ckptd --json",
+        )
+    )(status)
+
+
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it again whenever it changes, until Ctrl-C.")
+    ] = False,
+    settings: SettingsFile = None,
+    state_dir: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Show whether the daemon runs, what it watches and how far its jobs are."""
+    output = Output(as_json=as_json)
+    state_path = arguments.settings(settings, state_dir).state_dir
+    shown = None
+    while True:
+        lines = _lines(state_path, as_json=as_json)
+        if lines != shown:
+            if watch and output.data_is_terminal and not as_json:
+                output.data(_CLEAR + "\n".join(lines))
+            else:
+                output.data("\n".join(lines))
+            shown = lines
+        if not watch or output.closed:
+            return
+        time.sleep(WATCH_S)
+
+
+def _lines(state_path: Path, *, as_json: bool) -> list[str]:
+    import json
+
+    found, problem = _read(state_path)
+    running = _is_locked(state_path)
+    if as_json:
+        value = {"running": running, "problem": problem, "status": plain(found)}
+        return [json.dumps(value, ensure_ascii=False)]
+    if not running:
+        last = f"; last seen {_ago(found.at)}" if found is not None else ""
+        return [f"ckptd is not running with {state_path}{last}"]
+    if found is None:
+        return [f"ckptd is starting ({problem})"]
+    return _describe(found)
+
+
+def _describe(found: DaemonStatus) -> list[str]:
+    late = time.time() - found.at
+    lines = [
+        f"ckptd {found.version} is {found.state}, process {found.pid}, "
+        f"since {_ago(found.started_at)}" + _silence(late),
+        f"hub: {found.endpoint}",
+    ]
+    counts = ", ".join(f"{number} {name}" for name, number in sorted(found.counts.items()))
+    lines.append(f"jobs: {counts or 'none yet'}; {len(found.jobs)} of {found.slots} slots busy")
+    lines += [line for job in found.jobs for line in _job(job)]
+    if not found.definitions:
+        lines.append("definitions: none; put one into the pipelines.d folder")
+    for definition in found.definitions:
+        problem = f": {definition.problem}" if definition.problem else ""
+        lines.append(f"definition {definition.pipeline or '(none)'} from {definition.path}{problem}")
+    for place in found.watches:
+        problem = f": {place.problem}" if place.problem else ""
+        lines.append(
+            f"watching {place.pattern} for {place.pipeline} by {place.mode}: "
+            f"{place.num_candidates} checkpoints, {place.num_settling} settling{problem}"
+        )
+    return lines
+
+
+def _job(job: JobStatus) -> list[str]:
+    shards = f", shard {job.shards_done} of {job.num_shards}" if job.num_shards else ""
+    target = f" -> {job.target}" if job.target else ""
+    lines = [
+        f"  {job.job_id} {job.run}/{job.name}{target}: {job.phase.value}{shards}, "
+        f"started {_ago(job.started_at)}"
+    ]
+    moved = [
+        f"{units.format_bytes(counter.done_bytes)} of {units.format_bytes(counter.total_bytes)} "
+        f"{name}"
+        for name, counter in (
+            ("read", job.counters.read),
+            ("computed", job.counters.computed),
+            ("written", job.counters.written),
+            ("uploaded", job.counters.uploaded),
+        )
+        if counter.total_bytes
+    ]
+    if moved:
+        lines.append("    " + ", ".join(moved))
+    if job.note:
+        lines.append(f"    {job.note}")
+    return lines
+
+
+def _read(state_path: Path) -> tuple[DaemonStatus | None, str | None]:
+    """Return the last status the daemon wrote, or why there is none."""
+    from ckptd.service.board import STATUS_NAME
+    from ckptd.telemetry.status import DaemonStatus
+
+    try:
+        return DaemonStatus.from_json((state_path / STATUS_NAME).read_bytes()), None
+    except FileNotFoundError:
+        return None, "no status yet"
+    except (OSError, ValueError) as error:
+        return None, f"its status cannot be read: {error}"
+
+
+def _is_locked(state_path: Path) -> bool:
+    """Say whether a daemon holds the state folder: the kernel lets go of it when it dies."""
+    try:
+        fd = os.open(state_path / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    with contextlib.closing(os.fdopen(fd)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def _silence(late_s: float) -> str:
+    from ckptd.service.board import REFRESH_S
+
+    if late_s < 3 * REFRESH_S:
+        return ""
+    return f"; it said nothing for {units.format_duration(late_s)}"
+
+
+def _ago(at: float) -> str:
+    return f"{units.format_duration(max(0.0, round(time.time() - at)))} ago"
