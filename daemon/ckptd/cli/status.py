@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import time
 from pathlib import Path
@@ -61,15 +62,13 @@ def status(
 
 
 def _lines(state_path: Path, *, as_json: bool) -> list[str]:
-    import json
-
     found, problem = _read(state_path)
-    running = _is_locked(state_path)
+    running = _runs(found, state_path)
     if as_json:
         value = {"running": running, "problem": problem, "status": plain(found)}
         return [json.dumps(value, ensure_ascii=False)]
     if not running:
-        last = f"; last seen {_ago(found.at)}" if found is not None else ""
+        last = f"; last seen {_time(found.at)}" if found is not None else ""
         return [f"ckptd is not running with {state_path}{last}"]
     if found is None:
         return [f"ckptd is starting ({problem})"]
@@ -80,7 +79,7 @@ def _describe(found: DaemonStatus) -> list[str]:
     late = time.time() - found.at
     lines = [
         f"ckptd {found.version} is {found.state}, process {found.pid}, "
-        f"since {_ago(found.started_at)}" + _silence(late),
+        f"since {_time(found.started_at)}" + _silence(late),
         f"hub: {found.endpoint}",
     ]
     counts = ", ".join(f"{number} {name}" for name, number in sorted(found.counts.items()))
@@ -105,7 +104,7 @@ def _job(job: JobStatus) -> list[str]:
     target = f" -> {job.target}" if job.target else ""
     lines = [
         f"  {job.job_id} {job.run}/{job.name}{target}: {job.phase.value}{shards}, "
-        f"started {_ago(job.started_at)}"
+        f"since {_time(job.started_at)}"
     ]
     moved = [
         f"{units.format_bytes(counter.done_bytes)} of {units.format_bytes(counter.total_bytes)} "
@@ -138,6 +137,28 @@ def _read(state_path: Path) -> tuple[DaemonStatus | None, str | None]:
         return None, f"its status cannot be read: {error}"
 
 
+def _runs(found: DaemonStatus | None, state_path: Path) -> bool:
+    """Say whether the daemon of the state folder runs.
+
+    Its lock is the truth, but asking for it takes it for a moment, and a daemon that starts in that
+    moment would give up: it is asked only where the status file leaves a doubt.
+    """
+    if found is None:
+        return _is_locked(state_path)
+    fresh, alive = not _silence(time.time() - found.at), _is_alive(found.pid)
+    return alive if fresh is alive else _is_locked(state_path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
 def _is_locked(state_path: Path) -> bool:
     """Say whether a daemon holds the state folder: the kernel lets go of it when it dies."""
     try:
@@ -160,5 +181,5 @@ def _silence(late_s: float) -> str:
     return f"; it said nothing for {units.format_duration(late_s)}"
 
 
-def _ago(at: float) -> str:
-    return f"{units.format_duration(max(0.0, round(time.time() - at)))} ago"
+def _time(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import anyio
 from anyio import from_thread, to_thread
 
+from ckptd.aio.backoff import Backoff
 from ckptd.aio.budget import ByteBudget
 from ckptd.checkpoint import checkpoint, listing
 from ckptd.checkpoint.checkpoint import Checkpoint
@@ -63,6 +64,8 @@ class Work:
     within: Path | None
     byte_budget: int
     num_threads: int
+    hub_patience: Backoff | None = None
+    """How long a Hub that fails is tried again within the job; None for the publisher's default."""
 
 
 class Push(Protocol):
@@ -207,6 +210,7 @@ async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:
         content_digest=work.content_digest,
         pipeline_digest=work.pipeline_digest,
         endpoint=work.endpoint,
+        patience=work.hub_patience,
         report=tally.hub,
     )
     return made

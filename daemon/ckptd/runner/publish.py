@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ckptd.aio.backoff import Backoff
 from ckptd.hub import push as hub_push
 from ckptd.hub.client import HubClient
 from ckptd.hub.publisher import HubEvent, LocalFile, Publisher, Target
@@ -27,6 +28,7 @@ class HubPush:
         content_digest: str,
         pipeline_digest: str,
         endpoint: str | None,
+        patience: Backoff | None,
         report: Callable[[HubEvent], None],
     ) -> None:
         self._publisher = Publisher(
@@ -47,6 +49,7 @@ class HubPush:
             ),
             hub=HubClient(endpoint=endpoint),
             report=report,
+            patience=patience,
         )
 
     async def open(self) -> None:

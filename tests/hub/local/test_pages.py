@@ -36,7 +36,10 @@ def test_whatever_people_write_is_escaped(hub, api: HfApi, repo: str, add):
     """Titles, messages, paths, comments, refs and cards cannot bring markup into a page."""
     api.create_commit(
         repo,
-        [add("README.md", EVIL.encode()), add(f"a/{EVIL.replace('/', '')}.json")],
+        [
+            add("README.md", f"---\nlicense: mit\n---\n{EVIL}".encode()),
+            add(f"a/{EVIL.replace('/', '')}.json"),
+        ],
         commit_message=EVIL,
         commit_description=EVIL,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +167,20 @@ def chunk_offsets(path: Path) -> list[int]:
     if offsets[-1] > size or len(offsets) == 1:
         raise refusal.bad_request("The xorb is cut off")
     return offsets
+
+
+def merged_runs(terms: Iterable[Term]) -> list[tuple[int, int]]:
+    """Return the chunk runs of terms of one xorb, sorted, with those that touch made one.
+
+    hf_xet wants each chunk in one run only: repeated content gives terms that overlap.
+    """
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((term.start, term.end) for term in terms):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _hex(raw: bytes) -> str:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from ckptd.hub.local import accounts, front_matter, history, names, refusal
 from ckptd.hub.local.names import RepoId
 from ckptd.hub.local.options import Hub
-from ckptd.hub.local.values import MAIN, Commit, File, Repo, pointer
+from ckptd.hub.local.values import KINDS, MAIN, Commit, File, Repo, pointer
 from ckptd.hub.local.wire import Call, route
 
 REPO = "/api/{kind}/{namespace}/{name}"
@@ -121,6 +121,8 @@ def auth_check(call: Call) -> Response:
 
 def listing(call: Call) -> Response:
     """List the repos of a kind that this account sees: ?author= and ?search= narrow it."""
+    if call.params["kind"] not in KINDS:
+        raise refusal.Refused(404, f"No such endpoint: {call.url_path}")
     author, search = call.query.get("author"), call.query.get("search", "").lower()
     found = []
     for repo_id in call.hub.store.ids():

@@ -102,18 +102,17 @@ def reconstruction(call: Call) -> Response:
             skipped = skipped if terms else first - at
             terms.append(term)
         at += term.nbytes
-    fetch: dict[str, dict[tuple[int, int], dict[str, Any]]] = {}
+    fetch = {}
     for xorb in {term.xorb for term in terms}:
         offsets = xet.chunk_offsets(store.xorb(xorb))
-        fetch[xorb] = {
-            (term.start, term.end): {
-                "range": {"start": term.start, "end": term.end},
+        fetch[xorb] = [
+            {
+                "range": {"start": start, "end": end},
                 "url": _xorb_url(call, xorb),
-                "url_range": {"start": offsets[term.start], "end": offsets[term.end] - 1},
+                "url_range": {"start": offsets[start], "end": offsets[end] - 1},
             }
-            for term in terms
-            if term.xorb == xorb
-        }
+            for start, end in xet.merged_runs(term for term in terms if term.xorb == xorb)
+        ]
     answer = {
         "offset_into_first_range": skipped,
         "terms": [
@@ -124,7 +123,7 @@ def reconstruction(call: Call) -> Response:
             }
             for term in terms
         ],
-        "fetch_info": {xorb: list(parts.values()) for xorb, parts in fetch.items()},
+        "fetch_info": fetch,
     }
     return JSONResponse(answer)
 

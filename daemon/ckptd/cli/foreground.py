@@ -1,0 +1,209 @@
+"""One job in this process, for `ckptd run`: where it is staged, what it holds, what it leaves.
+
+The staging folder lies beside the output (one file system, so that the end is a rename), or in the
+state folder where nothing but a push is wanted. Its name comes from the checkpoint's files and the
+pipeline, so that a killed run goes on when it is started again, and never with the files of
+another checkpoint. It is locked while it is used and removed when the work is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from ckptd import errors
+from ckptd.aio.backoff import Backoff
+from ckptd.checkpoint import checkpoint, content, listing, writer
+from ckptd.checkpoint.listing import Listing
+from ckptd.cli import arguments
+from ckptd.cli.display import Display
+from ckptd.jobs.job import Outcome
+from ckptd.pipeline import definition as definitions
+from ckptd.pipeline.definition import Definition
+from ckptd.runner import job, output
+from ckptd.runner.job import Work
+from ckptd.settings import Settings
+
+STAGING_PREFIX = ".ckptd-"
+"""Hidden from the globs of definitions, like everything of ckptd's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the command line asks for; paths are absolute."""
+
+    checkpoint_path: Path
+    definition: Definition
+    run: str
+    layout: str
+    output_path: Path | None
+    overwrite: bool
+    push: bool
+    patience_s: float
+    settings: Settings
+
+
+def execute(request: Request, display: Display) -> Outcome:
+    """Do the job and return how it ended. Blocks.
+
+    Raises:
+        UsageError: the output would lie in the source or replace it, or another run makes it.
+        StorageFailed: the output folder is in the way.
+        CkptdError: see `runner.job.execute`; often in an ExceptionGroup.
+    """
+    files = listing.list_files(request.checkpoint_path, within=arguments.ANYWHERE)
+    if request.output_path is not None:
+        _protect(request, files)
+        output.require_free(request.output_path, overwrite=request.overwrite)
+    with _staging(request, files) as work_path:
+        digest, fingerprint = None, None
+        if request.push:
+            fingerprint = listing.list_files(request.checkpoint_path).fingerprint_id
+            digest = _digest(request, display)
+        work = _work(request, work_path, digest=digest, fingerprint=fingerprint)
+        return anyio.run(functools.partial(job.execute, work, report=display.report))
+
+
+def _work(
+    request: Request, work_path: Path, *, digest: str | None, fingerprint: str | None
+) -> Work:
+    return Work(
+        checkpoint_path=request.checkpoint_path,
+        name=request.checkpoint_path.name,
+        run=request.run,
+        layout=request.layout,
+        definition=request.definition,
+        content_digest=digest,
+        fingerprint=fingerprint,
+        pipeline_digest=definitions.pipeline_digest(request.definition),
+        work_path=work_path,
+        output_path=request.output_path,
+        push=request.push,
+        endpoint=request.settings.hub_endpoint,
+        within=arguments.ANYWHERE,
+        byte_budget=request.settings.byte_budget,
+        num_threads=request.settings.threads,
+        hub_patience=Backoff(
+            attempts=100, total_s=request.patience_s, asked_longest_s=request.patience_s + 1
+        ),
+    )
+
+
+def _digest(request: Request, display: Display) -> str:
+    """Return the content digest of the checkpoint; reads every byte of it once."""
+    source = checkpoint.open_checkpoint(
+        request.checkpoint_path,
+        layout=request.layout,
+        assets=request.definition.assets,
+        within=arguments.ANYWHERE,
+    )
+    files = checkpoint.identifying_files(source)
+    total = sum(path.stat().st_size for _, path in files)
+    threads = request.settings.threads
+    done = 0
+
+    def check() -> None:
+        nonlocal done
+        display.identified(min(done, total), total)
+        done += threads * content.BLOCK_BYTES
+
+    return content.digest(files, threads=threads, check=check)
+
+
+def _protect(request: Request, files: Listing) -> None:
+    """Refuse an output that lies in what is read, or whose replacement would remove it.
+
+    Raises:
+        UsageError: names both folders.
+    """
+    assert request.output_path is not None
+    target = request.output_path.resolve()
+    sources = {request.checkpoint_path.resolve()}
+    if request.definition.assets is not None:
+        sources.add(request.definition.assets.resolve())
+    for source in sources:
+        if target.is_relative_to(source) or source.is_relative_to(target):
+            raise errors.UsageError(
+                f"the output {target} and the source {source} lie in each other",
+                hint="a source folder is never written to: name another folder with -o",
+            )
+    for file in files.files:
+        if file.is_link and files.path_of(file).resolve().is_relative_to(target):
+            raise errors.UsageError(
+                f"{file.relpath} of the checkpoint is a link into the output {target}",
+                hint="name another folder with -o",
+            )
+
+
+@contextlib.contextmanager
+def _staging(request: Request, files: Listing) -> Iterator[Path]:
+    """Yield the staging folder of this job, locked.
+
+    Afterwards it is gone, but where starting again can go on with it (an interruption, a Hub that
+    failed) or where it holds the result (a held push).
+    """
+    if request.output_path is not None:
+        out_path = request.output_path
+        home_path = out_path.with_name(f"{STAGING_PREFIX}{out_path.name}")
+    else:
+        home_path = request.settings.state_dir / "runs" / _key(request, files)[:12]
+    writer.make_folder(home_path)
+    with _locked(home_path):
+        work_path = home_path / _key(request, files)
+        for other in home_path.iterdir():  # killed runs of another checkpoint or pipeline
+            if other.is_dir() and other != work_path:
+                shutil.rmtree(other, ignore_errors=True)
+        worth_keeping = False
+        try:
+            yield work_path
+            worth_keeping = (work_path / "out").is_dir()  # a result that stays: push held
+        except BaseException as error:
+            worth_keeping = _can_go_on(error) and any((work_path / "out").glob("*"))
+            raise
+        finally:
+            if not worth_keeping:
+                shutil.rmtree(home_path, ignore_errors=True)
+
+
+def _key(request: Request, files: Listing) -> str:
+    parts = (
+        str(request.checkpoint_path),
+        files.fingerprint_id,
+        definitions.pipeline_digest(request.definition),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _can_go_on(error: BaseException) -> bool:
+    """Say whether the same command may pass later with what is finished."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(_can_go_on(inner) for inner in error.exceptions)
+    return isinstance(error, (errors.HubError, KeyboardInterrupt, SystemExit))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder while the block runs; the kernel lets go of it when the process dies."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise writer.translated(error, folder, 0) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise errors.UsageError(
+                f"another ckptd run is at work in {folder}", hint="wait for it, or stop it"
+            ) from error
+        yield
+    finally:
+        os.close(fd)

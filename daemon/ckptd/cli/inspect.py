@@ -1,0 +1,256 @@
+"""`ckptd inspect`: what a checkpoint is, from names, headers and JSON; no tensor byte is read."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckptd import errors, units
+from ckptd.cli import arguments, failures
+from ckptd.cli.arguments import Assets, CheckpointFolder, Json, LayoutName
+from ckptd.cli.output import Output
+
+if TYPE_CHECKING:
+    from ckptd.checkpoint.checkpoint import Checkpoint
+
+SETTLE_S = 10.0
+"""The quiet period a definition asks for by default: the verdict is that of such a definition."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        epilog=arguments.examples(
+            "ckptd inspect /runs/llama-sft/checkpoint-500",
+            "ckptd inspect ./model --tensors",
+            "ckptd inspect ./model --json",
+        )
+    )(inspect)
+
+
+def inspect(
+    checkpoint: CheckpointFolder,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    assets: Assets = None,
+    layout: LayoutName = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show layout, completeness, tensors, dtypes, tied weights, quantization and footprint."""
+    output = Output(as_json=as_json)
+    path = arguments.absolute(checkpoint)
+    assets = None if assets is None else arguments.absolute(assets)
+    facts: dict[str, Any] = {"path": path, **_verdict(path, layout, assets)}
+    refusal: errors.CheckpointRefused | None = None
+    try:
+        facts |= _describe(_open(path, layout, assets), tensors=tensors or as_json)
+    except errors.CheckpointRefused as error:
+        refusal = error
+    if as_json:
+        told = {"error": failures.of(refusal).as_value()} if refusal is not None else {}
+        output.value(facts | told)
+        if refusal is not None:
+            raise typer.Exit(refusal.exit_code)
+        return
+    _print(facts, output)
+    if refusal is not None:
+        raise refusal
+
+
+def _open(path: Path, layout: str, assets: Path | None) -> Checkpoint:
+    from ckptd.checkpoint import checkpoint as checkpoints
+
+    return checkpoints.open_checkpoint(
+        path, layout=layout, assets=assets, within=arguments.ANYWHERE
+    )
+
+
+def _verdict(path: Path, layout: str, assets: Path | None) -> dict[str, Any]:
+    """Return what the daemon would say of the folder now.
+
+    Raises:
+        CheckpointRefused: there is no such folder, or nobody knows the layout.
+    """
+    from ckptd.checkpoint import completeness, listing
+
+    if not path.is_dir():
+        _open(path, layout, assets)  # says what is wrong with the path
+    files = listing.list_files(path, within=arguments.ANYWHERE)
+    facts = completeness.examine(path, files, layout=layout, assets=assets)
+    newest_s = max((file.mtime_ns for file in files.files), default=0) / 1e9
+    verdict = completeness.verdict(facts, quiet_s=time.time() - newest_s, settle_s=SETTLE_S)
+    why: str | None = None
+    match verdict:
+        case completeness.Waiting(why=why):
+            pass
+        case completeness.Broken(error=error):
+            why = str(error)
+    return {
+        "layout": facts.layout,
+        "layout_reason": facts.reason,
+        "verdict": type(verdict).__name__.lower(),
+        "verdict_reason": why,
+        "ignored_links": files.ignored,
+    }
+
+
+def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
+    by_dtype: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        by_dtype[tensor.spec.dtype.value] += tensor.extent.nbytes
+    facts: dict[str, Any] = {
+        "step": source.step,
+        "architectures": source.config.get("architectures"),
+        "model_type": source.config.get("model_type"),
+        "num_tensors": len(source.tensors),
+        "num_parameters": sum(tensor.spec.numel for tensor in source.tensors.values()),
+        "tensor_bytes": source.tensor_bytes,
+        "by_dtype": dict(by_dtype.most_common()),
+        "shards": {shard.name: stamp.nbytes for shard, stamp in source.stamps.items()},
+        "tied": _tied(source),
+        "quantization": _quantization(source.config),
+        "footprint": _footprint(source),
+        "side_files": [file.relpath for file in source.side_files],
+        "left_out": source.left_out,
+        "notes": source.notes,
+    }
+    if tensors:
+        facts["tensors"] = [
+            {
+                "name": name,
+                "dtype": tensor.spec.dtype,
+                "shape": tensor.spec.shape,
+                "nbytes": tensor.extent.nbytes,
+                "file": tensor.extent.path.name,
+            }
+            for name, tensor in source.tensors.items()
+        ]
+    return facts
+
+
+def _tied(source: Checkpoint) -> dict[str, Any]:
+    """Return which names are one parameter; which of them are equal, only `tie` finds out."""
+    from ckptd.models import tying
+
+    specs = {name: tensor.spec for name, tensor in source.tensors.items()}
+    try:
+        ties = tying.find(source.config, specs, path=source.path)
+    except errors.StageRefused as error:
+        return {"groups": [], "problem": str(error)}
+    groups = [
+        {
+            "source": group.source,
+            "source_present": group.source_present,
+            "targets": [
+                {
+                    "name": target.name,
+                    "present": target.present,
+                    "config": target.flag.value(source.config),
+                }
+                for target in group.targets
+            ],
+            "to_compare": group.alike,
+            "different": group.unlike,
+        }
+        for group in ties.groups
+    ]
+    return {"groups": groups, "problem": None}
+
+
+def _quantization(config: Any) -> dict[str, Any] | None:
+    """Return the quantization that config.json declares, wherever it keeps it."""
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict):
+            found = holder.get("quantization_config", holder.get("compression_config"))
+            if isinstance(found, dict):
+                return {"method": found.get("quant_method", "unnamed"), "config": found}
+    return None
+
+
+def _footprint(source: Checkpoint) -> dict[str, Any]:
+    from ckptd.pipeline import devices
+    from ckptd.pipeline.stage import StageContext
+    from ckptd.pipeline.stages import footprint
+    from ckptd.plan import draft
+
+    context = StageContext(
+        source_path=source.path,
+        same_content=lambda left, right: None,
+        device_bytes=devices.memory_bytes,
+    )
+    options = footprint.FootprintOptions()
+    return footprint.measure(draft.from_checkpoint(source), options, context)
+
+
+def _print(facts: dict[str, Any], output: Output) -> None:
+    why = f": {facts['verdict_reason']}" if facts["verdict_reason"] else ""
+    shown: dict[str, object] = {
+        "checkpoint": facts["path"],
+        "layout": f"{facts['layout']} ({facts['layout_reason']})",
+        "verdict": facts["verdict"] + why,
+    }
+    if "num_tensors" in facts:
+        shown |= _printed(facts)
+    output.fields(shown)
+    if facts.get("tensors"):
+        output.data()
+        output.table(
+            ("TENSOR", "DTYPE", "SHAPE", "BYTES", "FILE"),
+            [
+                (
+                    tensor["name"],
+                    tensor["dtype"].value,
+                    "×".join(map(str, tensor["shape"])) or "scalar",
+                    f"{tensor['nbytes']:,}",
+                    tensor["file"],
+                )
+                for tensor in facts["tensors"]
+            ],
+            right=("BYTES",),
+        )
+
+
+def _printed(facts: dict[str, Any]) -> dict[str, object]:
+    names = ", ".join(facts["architectures"] or ()) or "no class named"
+    dtypes = ", ".join(f"{units.format_bytes(n)} {dtype}" for dtype, n in facts["by_dtype"].items())
+    needs = facts["footprint"]
+    quantization = facts["quantization"]
+    return {
+        "step": facts["step"],
+        "model": f"{names} ({facts['model_type'] or 'no model_type'})",
+        "weights": f"{facts['num_tensors']:,} tensors, {facts['num_parameters']:,} parameters in "
+        f"{len(facts['shards'])} file{'s' if len(facts['shards']) != 1 else ''}",
+        "dtypes": dtypes,
+        "tied": _tied_text(facts["tied"]),
+        "quantized": quantization["method"] if quantization else "no",
+        "footprint": f"{units.format_bytes(needs['total_bytes'])} when loaded",
+        "largest": "\n".join(
+            f"{units.format_bytes(size)} {name}" for name, size in needs["largest"].items()
+        ),
+        "travels": ", ".join(("config.json", *facts["side_files"])),
+        "left out": ", ".join((*facts["left_out"], *facts["ignored_links"])) or None,
+        "notes": "\n".join(facts["notes"]) or None,
+    }
+
+
+def _tied_text(tied: dict[str, Any]) -> str:
+    if tied["problem"]:
+        return str(tied["problem"])
+    lines = []
+    for group in tied["groups"]:
+        for target in group["targets"]:
+            name = target["name"]
+            said = f"config says {'tied' if target['config'] else 'apart'}"
+            if not target["present"]:
+                state = "not in the file"
+            elif name in group["different"]:
+                state = "in the file, of another dtype or shape"
+            elif not group["source_present"]:
+                state = "in the file in its place"
+            else:
+                state = "in the file too, `tie` compares them"
+            lines.append(f"{name} = {group['source']}: {state}; {said}")
+    return "\n".join(lines) or "nothing"
