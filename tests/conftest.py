@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # huggingface_hub reads its environment while it is imported: this must come before that.
+_HF_HOME = tempfile.mkdtemp(prefix="ckptd-tests-hf-")
 os.environ.update(
-    HF_HOME=tempfile.mkdtemp(prefix="ckptd-tests-hf-"),
+    HF_HOME=_HF_HOME,
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_XET="1",
@@ -46,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "filterwarnings", "ignore:Use 'content=<...>' to upload:DeprecationWarning"
     )
+
+
+def pytest_unconfigure() -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(_HF_HOME, ignore_errors=True)
 
 
 @pytest.fixture

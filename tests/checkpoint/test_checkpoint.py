@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from ckptd.checkpoint.checkpoint import check_unchanged, open_checkpoint
-from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
+from ckptd.errors import (
+    CheckpointCorrupt,
+    CheckpointIncomplete,
+    CheckpointUnsupported,
+    CheckpointVanished,
+    SourceChanged,
+)
 
 INDEX = "model.safetensors.index.json"
 
@@ -185,9 +191,105 @@ def test_a_changed_source_shows_in_its_stamps(make_folder: Any) -> None:
     """Rewriting a weight file in place or deleting it is noticed."""
     folder = make_folder()
     opened = open_checkpoint(folder)
-    assert check_unchanged(opened.stamps) is None
+    check_unchanged(opened.stamps)
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b"x")
-    changed = check_unchanged(opened.stamps)
-    assert changed is not None
-    assert "model.safetensors" in changed
+    with pytest.raises(SourceChanged, match=r"model\.safetensors"):
+        check_unchanged(opened.stamps)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceChanged, match="No such file"):
+        check_unchanged(opened.stamps)
+
+
+def test_a_config_that_is_a_link_out_of_the_folder_is_not_read(
+    make_folder: Any, tmp_path: Path
+) -> None:
+    """Not only weights: no file of the folder may lead elsewhere, or secrets could be published."""
+    folder = make_folder()
+    shutil.move(folder / "config.json", tmp_path / "secret.json")
+    (folder / "config.json").symlink_to(tmp_path / "secret.json")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(CheckpointIncomplete, match=r"config\.json"):
+        open_checkpoint(folder)
+    assert not open_checkpoint(folder, within=tmp_path).config.get("absent")
+
+
+def test_assets_may_be_links(make_folder: Any, tmp_path: Path) -> None:
+    """A snapshot of a model cache, whose files are links to blobs elsewhere, serves as assets."""
+    folder, assets = make_folder(), tmp_path / "cache" / "snapshot"
+    assets.mkdir(parents=True)
+    shutil.move(folder / "config.json", tmp_path / "blob1")
+    (tmp_path / "blob2").write_text("{}")
+    (assets / "config.json").symlink_to(tmp_path / "blob1")
+    (assets / "tokenizer.json").symlink_to(tmp_path / "blob2")
+    opened = open_checkpoint(folder, assets=assets, within=folder)
+    assert [file.relpath for file in opened.side_files] == ["tokenizer.json"]
+
+
+def test_absent_assets_are_named(make_folder: Any, tmp_path: Path) -> None:
+    """A wrong `assets` folder is an error about that folder."""
+    with pytest.raises(CheckpointIncomplete, match="assets") as caught:
+        open_checkpoint(make_folder(), assets=tmp_path / "nowhere")
+    assert caught.value.path == tmp_path / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(PermissionError, CheckpointUnsupported), (FileNotFoundError, CheckpointVanished)],
+)
+def test_a_weight_file_that_cannot_be_opened_is_our_error(
+    failure: type[OSError], error: type[Exception], make_folder: Any, monkeypatch: Any
+) -> None:
+    """Mode 0600 of another user and a rotation in the wrong moment are named as what they are."""
+    folder = make_folder()
+
+    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+        raise failure(1, "no", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(error):
+        open_checkpoint(folder)
+
+
+def test_shards_newer_than_a_single_file_wait_for_their_index(make_folder: Any) -> None:
+    """A save in shards over an older single file is not read as the old one before its index."""
+    folder = make_folder(shards=2)
+    (folder / INDEX).unlink()
+    with pytest.raises(CheckpointIncomplete, match="index"):
+        open_checkpoint(folder)
+    single = folder / "model.safetensors"
+    shutil.copy(folder / "model-00001-of-00002.safetensors", single)
+    os.utime(single, (1, 1))
+    with pytest.raises(CheckpointIncomplete, match="index"):
+        open_checkpoint(folder)
+    os.utime(single)
+    for shard in folder.glob("model-*.safetensors"):
+        os.utime(shard, (1, 1))
+    assert open_checkpoint(folder).tensors
+
+
+def test_trainer_state_is_not_taken_for_pickled_weights(make_folder: Any) -> None:
+    """A folder with optimizer.pt and no weights lacks weights; it does not hold pickled ones."""
+    folder = make_folder(step=3)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointIncomplete, match="no weights"):
+        open_checkpoint(folder)
+
+
+def test_half_characters_in_json_are_refused(make_folder: Any) -> None:
+    """Text that no output could be written from is refused where it is read."""
+    folder = make_folder()
+    (folder / "config.json").write_text('{"model_type": "a\\ud800"}')
+    with pytest.raises(CheckpointCorrupt, match="character"):
+        open_checkpoint(folder)
+    (folder / "config.json").write_text('{"model_type": "\\ud83d\\ude00"}')
+    assert open_checkpoint(folder).config["model_type"] == "\U0001f600"
+
+
+def test_file_names_that_are_no_text_are_left_out(make_folder: Any) -> None:
+    """Such a name cannot stand in a repo; it is reported in a form that can be printed."""
+    folder = make_folder()
+    (folder / "\udcff.json").write_text("{}")
+    opened = open_checkpoint(folder)
+    assert not opened.side_files
+    assert opened.left_out == ("\\udcff.json",)

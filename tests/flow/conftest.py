@@ -31,7 +31,7 @@ stages:
 push:
   repo_id: "ckptd/{{run}}"
   tags: [ckptd]
-  git_tag: "step-{{step}}"
+  git_tag: {tag}
 {push}
 """
 STAGES = "  - tie\n  - reshard: {max_shard_size: 100KB}\n"
@@ -52,12 +52,18 @@ class Deployment:
         self.process: subprocess.Popen[bytes] | None = None
 
     def define(
-        self, *, name: str = "publish", stages: str = STAGES, push: str = "", settle: str = "300ms"
+        self,
+        *,
+        name: str = "publish",
+        stages: str = STAGES,
+        push: str = "",
+        settle: str = "300ms",
+        tag: str = '"step-{step}"',
     ) -> Path:
         """Write (or rewrite) a definition file."""
         path = self.definitions / f"{name}.yaml"
         text = DEFINITION.format(
-            name=name, runs=self.runs, settle=settle, stages=stages, push=push
+            name=name, runs=self.runs, settle=settle, stages=stages, push=push, tag=tag
         )
         temporary = path.with_suffix(".new")
         temporary.write_text(text)

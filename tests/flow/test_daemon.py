@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import HfApi, snapshot_download
 from safetensors.numpy import load_file
 
+from ckptd.jobs.database import Database
 from ckptd.jobs.job import State
 from ckptd.jobs.store import Verdict
 from tests.flow.conftest import Deployment, write_checkpoint
@@ -178,25 +179,32 @@ def test_the_same_content_is_published_once(node: Deployment) -> None:
     node.wait_for_ended(1)
     node.stop()
     node.start()
-    os.utime(folder / "model.safetensors")
+    os.utime(folder / "tokenizer.json")
     node.wait_for(lambda: "checkpoint known" in node.log_path.read_text())
-    shutil.copytree(folder, node.runs / "run" / "checkpoint-11")
+    shutil.copytree(folder, node.runs / "run" / "checkpoint-copy")
     node.wait_for(lambda: node.log_path.read_text().count("checkpoint known") == 2)
     assert len(node.jobs()) == 1
     assert len(node.commits()) == 1
 
 
-def test_new_content_in_the_same_folder_is_a_new_job(node: Deployment) -> None:
-    """A resumed run that rewrites checkpoint-10 is published again; the tag conflict is told."""
-    node.define(push="  commit_message: again")
+@pytest.mark.parametrize("tag", ["null", '"step-{step}"'])
+def test_new_content_in_the_same_folder_is_a_new_job(node: Deployment, tag: str) -> None:
+    """A resumed run that rewrites checkpoint-10 gets a second commit; a tag is never moved for it."""
+    node.define(tag=tag)
     node.start()
     folder = node.runs / "run" / "checkpoint-10"
     write_checkpoint(folder, 10)
     node.wait_for_ended(1)
     write_checkpoint(folder, 10, seed=99)
-    jobs = node.wait_for_ended(2)
-    assert jobs[0].spec.content_digest != jobs[1].spec.content_digest
-    assert len(node.commits()) == 2
+    first, second = node.wait_for_ended(2)
+    assert first.spec.content_digest != second.spec.content_digest
+    if tag == "null":
+        assert second.state is State.PUBLISHED
+        assert len(node.commits()) == 2
+    else:
+        assert second.state is State.FAILED
+        assert "git tag step-10 exists" in (second.reason or "")
+        assert len(node.commits()) == 1
 
 
 def test_an_incomplete_checkpoint_waits_and_a_broken_one_is_refused(node: Deployment) -> None:
@@ -250,10 +258,7 @@ def test_a_bad_token_waits_for_a_person_and_publishes_nothing(node: Deployment) 
     assert "token" in (job.reason or "")
     assert "hf_nobody" not in node.log_path.read_text()
     node.stop()
-    with_token = node
-    with_token.start()
-    from ckptd.jobs.database import Database
-
+    node.start()
     with Database(node.state / "jobs.sqlite3") as database:
         database.retry(job.job_id, now=job.updated_at + 1)
     (job,) = node.wait_for_ended(1)

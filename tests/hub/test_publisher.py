@@ -369,6 +369,17 @@ async def test_the_tag_points_at_the_commit(bench: Bench) -> None:
     assert tags == {"step-100": done.commit}
 
 
+async def test_a_tag_on_the_head_is_refused_before_other_content_is_committed(
+    bench: Bench,
+) -> None:
+    """New content under a tag that is taken makes no commit: nothing is published by halves."""
+    target = replace(TARGET, git_tag="step-100")
+    first = await bench.push(bench.files(), target)
+    with pytest.raises(errors.HubRejected, match="git tag step-100 exists"):
+        await bench.push(bench.files(seed="other"), target, push_id="p2")
+    assert bench.api.list_repo_commits(REPO)[0].commit_id == first.commit
+
+
 async def test_a_tag_on_another_commit_is_refused_before_the_upload(bench: Bench) -> None:
     """ckptd moves no tags, and says so before anything is sent."""
     bench.api.create_repo(REPO)

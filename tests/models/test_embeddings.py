@@ -133,6 +133,18 @@ def test_a_dimension_that_is_only_equal_is_no_alarm(name, shape, config) -> None
     assert len(llama((name, shape), **config).tensors) == 2
 
 
+def test_another_vocabulary_of_the_same_size_stays() -> None:
+    """Gemma 3n's vision tokens have a table of their own, which may be as long by chance."""
+    config = {
+        "architectures": ["Gemma3nForConditionalGeneration"],
+        "model_type": "gemma3n",
+        "text_config": {"vocab_size": 97},
+    }
+    names = ("model.language_model.embed_tokens.weight", "model.embed_vision.embedding.weight")
+    found = embeddings.find(config, {name: Spec() for name in names}, path="x")
+    assert [tensor.name for tensor in found.tensors] == [names[0]]
+
+
 def test_quantized_rows_are_refused() -> None:
     """Packed or integer rows cannot be added to."""
     for name, dtype in (("lm_head.weight", Dtype.U8), ("lm_head.qweight", Dtype.I32)):

@@ -246,6 +246,24 @@ def test_t5_keeps_its_flag_for_it_means_scaling() -> None:
         tying.decide(ties, same={ties.pairs[0]: False}, untie=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "model_type", "embedding"),
+    [
+        ("ZambaForCausalLM", "zamba", "model.embed_tokens.weight"),
+        ("SwitchTransformersForConditionalGeneration", "switch_transformers", "shared.weight"),
+    ],
+)
+def test_a_flag_that_does_more_keeps_its_value(name, model_type, embedding) -> None:
+    """Zamba shares layers by it, Switch scales by it: a head of its own is kept beside `true`."""
+    config = {"architectures": [name], "model_type": model_type, "tie_word_embeddings": True}
+    ties = tying.find(config, {embedding: Spec(), HEAD: Spec()}, path="x")
+    decision = tying.decide(ties, same={(embedding, HEAD): False})
+    assert not decision.changes
+    assert HEAD in decision.notes[0]
+    with pytest.raises(errors.StageRefused, match="cannot untie"):
+        tying.decide(ties, same={(embedding, HEAD): False}, untie=True)
+
+
 def test_a_nested_flag_cannot_bring_the_tie_back() -> None:
     """Qwen2-VL forwards the text model's flag: false is written there too."""
     config = {

@@ -5,6 +5,9 @@ A developer script, run by hand after transformers moved:
 
     python tests/tools/generate_architectures.py [--jobs 2] [--only LlamaForCausalLM ...]
 
+It takes some ten minutes. With pillow, timm and torchvision installed beside transformers the
+models with a timm vision tower are built too; without them they fall back to what their class says.
+
 Every model class is built on the meta device from a shrunk default configuration. Nothing is read
 from the source text: a tensor has vocabulary rows exactly if its shape moves when a `vocab_size` of
 the configuration moves; a tie is what the built model expands; a flag's default and its quirks
@@ -128,6 +131,8 @@ LACKS: dict[str, dict[str, Any]] = {
     },
 }
 """What a default configuration lacks altogether, or has wrong, by model_type."""
+UNSHRUNK = ("zamba", "zamba2")
+"""Types whose layers far apart share weights: two layers would hide it."""
 IGNORED_VOCABULARY = re.compile(r"(^|_)type_vocab_size$|task_type_vocab_size|max_2d|modality_type")
 HEAD_MAPS = (
     ("causal", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
@@ -358,7 +363,7 @@ class Derivation:
         """Build the model: shrunk, else by its default, else with what the default lacks."""
         file = as_file(default_config(self.cls)) | self.other
         attempts = {
-            "shrunk": lambda: shrink(file),
+            "shrunk": lambda: file if file.get("model_type") in UNSHRUNK else shrink(file),
             "default": lambda: file,
             "filled": lambda: filled(shrink(file)),
             "filled default": lambda: filled(file),
@@ -664,7 +669,14 @@ def describe(cls: type[PreTrainedModel], **other: Any) -> tuple[dict[str, Any], 
         flags = {paths: derived.flags(paths) for paths in dict.fromkeys(tie[2] for tie in ties)}
         entry["flags"] = [{k: v for k, v in flag.items() if k != "path"} for flag in flags.values()]
         order = list(flags)
-        entry["ties"] = [[target, source, order.index(path)] for target, source, path in ties]
+        mine = {row[0] for row in rows}
+        for target, source, paths in ties:
+            if mine.isdisjoint((target, source)):
+                entry["flags"][order.index(paths)].setdefault("binds", target)
+        ties = [tie for tie in ties if not mine.isdisjoint(tie[:2])]
+        entry["ties"] = [[target, source, order.index(paths)] for target, source, paths in ties]
+        if not ties:
+            del entry["ties"], entry["flags"]
     _resizing(entry, rows, derived)
     for row in rows:
         row[1] = "other" if row[1] == "odd" else row[1]

@@ -14,11 +14,11 @@ def first(group: BaseExceptionGroup[BaseException], kind: type[E]) -> E:
         LookupError: there is none.
     """
     for error in group.exceptions:
-        if isinstance(error, kind):
-            return error
         if isinstance(error, BaseExceptionGroup):
             try:
                 return first(error, kind)
             except LookupError:
                 continue
+        if isinstance(error, kind):
+            return error
     raise LookupError(f"no {kind.__name__} in the group")

@@ -13,7 +13,11 @@ from ckptd.cli.output import Output
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(name="demo", epilog=arguments.examples("ckptd demo", "ckptd demo --keep"))(_demo)
+    app.command(
+        name="demo",
+        short_help="Show everything at once, on this machine alone.",
+        epilog=arguments.examples("ckptd demo", "ckptd demo --keep"),
+    )(_demo)
 
 
 def _demo(

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Request:
     settings: Settings
 
 
-def execute(request: Request, display: Display) -> Outcome:
-    """Do the job and return how it ended. Blocks.
+def execute(request: Request, display: Display, *, tell: Callable[[str], None]) -> Outcome:
+    """Do the job and return how it ended; `tell` hears what is left for a next try. Blocks.
 
     Raises:
         UsageError: the output would lie in the source or replace it, or another run makes it.
@@ -64,13 +64,15 @@ def execute(request: Request, display: Display) -> Outcome:
     if request.output_path is not None:
         _protect(request, files)
         output.require_free(request.output_path, overwrite=request.overwrite)
-    with _staging(request, files) as work_path:
+    with _staging(request, files, tell) as staging:
         digest, fingerprint = None, None
         if request.push:
             fingerprint = listing.list_files(request.checkpoint_path).fingerprint_id
             digest = _digest(request, display)
-        work = _work(request, work_path, digest=digest, fingerprint=fingerprint)
-        return anyio.run(functools.partial(job.execute, work, report=display.report))
+        work = _work(request, staging.path, digest=digest, fingerprint=fingerprint)
+        outcome = anyio.run(functools.partial(job.execute, work, report=display.report))
+        staging.holds_result = request.output_path is None and outcome.output_path is not None
+        return outcome
 
 
 def _work(
@@ -144,33 +146,39 @@ def _protect(request: Request, files: Listing) -> None:
             )
 
 
-@contextlib.contextmanager
-def _staging(request: Request, files: Listing) -> Iterator[Path]:
-    """Yield the staging folder of this job, locked.
+@dataclass(slots=True)
+class _Staging:
+    path: Path
+    holds_result: bool = False
+    """A push was held: the model stays here."""
 
-    Afterwards it is gone, but where starting again can go on with it (an interruption, a Hub that
-    failed) or where it holds the result (a held push).
-    """
+
+@contextlib.contextmanager
+def _staging(request: Request, files: Listing, tell: Callable[[str], None]) -> Iterator[_Staging]:
+    """Yield the staging folder of this job, locked; it stays only where it is of use."""
+    key = _key(request, files)
     if request.output_path is not None:
         out_path = request.output_path
         home_path = out_path.with_name(f"{STAGING_PREFIX}{out_path.name}")
     else:
-        home_path = request.settings.state_dir / "runs" / _key(request, files)[:12]
+        home_path = request.settings.state_dir / "runs" / key[:12]
     writer.make_folder(home_path)
     with _locked(home_path):
-        work_path = home_path / _key(request, files)
+        staging = _Staging(home_path / key)
         for other in home_path.iterdir():  # killed runs of another checkpoint or pipeline
-            if other.is_dir() and other != work_path:
+            if other != staging.path:
                 shutil.rmtree(other, ignore_errors=True)
-        worth_keeping = False
+        keep = False
         try:
-            yield work_path
-            worth_keeping = (work_path / "out").is_dir()  # a result that stays: push held
+            yield staging
+            keep = staging.holds_result
         except BaseException as error:
-            worth_keeping = _can_go_on(error) and any((work_path / "out").glob("*"))
+            keep = _can_go_on(error) and any((staging.path / "out").glob("[!.]*"))
+            if keep:
+                tell(f"what is finished stays in {home_path}: the same command goes on from there")
             raise
         finally:
-            if not worth_keeping:
+            if not keep:
                 shutil.rmtree(home_path, ignore_errors=True)
 
 

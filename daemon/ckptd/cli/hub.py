@@ -23,7 +23,7 @@ DEFAULT_PORT = 8765
 def add_to(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(
-        help="The loopback Hub: repos, commits and pull requests in a local folder.",
+        help="A Hub of your own, on loopback.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
@@ -36,7 +36,9 @@ def add_to(app: typer.Typer) -> None:
 def serve(
     root: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where it keeps everything. Default: in the state folder."),
+        typer.Option(
+            metavar="DIR", help="Where it keeps everything. Default: in the state folder."
+        ),
     ] = None,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")

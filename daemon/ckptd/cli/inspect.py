@@ -24,11 +24,12 @@ SETTLE_S = 10.0
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
+        short_help="Show what a checkpoint is, and whether it is whole.",
         epilog=arguments.examples(
             "ckptd inspect /runs/llama-sft/checkpoint-500",
             "ckptd inspect ./model --tensors",
             "ckptd inspect ./model --json",
-        )
+        ),
     )(inspect)
 
 
@@ -133,11 +134,11 @@ def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
 
 def _tied(source: Checkpoint) -> dict[str, Any]:
     """Return which names are one parameter; which of them are equal, only `tie` finds out."""
-    from ckptd.models import tying
+    from ckptd.models import ties
 
     specs = {name: tensor.spec for name, tensor in source.tensors.items()}
     try:
-        ties = tying.find(source.config, specs, path=source.path)
+        found = ties.find(source.config, specs, path=source.path)
     except errors.StageRefused as error:
         return {"groups": [], "problem": str(error)}
     groups = [
@@ -155,7 +156,7 @@ def _tied(source: Checkpoint) -> dict[str, Any]:
             "to_compare": group.alike,
             "different": group.unlike,
         }
-        for group in ties.groups
+        for group in found.groups
     ]
     return {"groups": groups, "problem": None}
 
@@ -203,7 +204,7 @@ def _print(facts: dict[str, Any], output: Output) -> None:
                 (
                     tensor["name"],
                     tensor["dtype"].value,
-                    "×".join(map(str, tensor["shape"])) or "scalar",
+                    "x".join(map(str, tensor["shape"])) or "scalar",
                     f"{tensor['nbytes']:,}",
                     tensor["file"],
                 )

@@ -25,7 +25,7 @@ _REASON_CHARS = 60
 def add_to(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(
-        help="What became of every checkpoint; try a job again or cancel it.",
+        help="List jobs, show, retry or cancel one.",
         no_args_is_help=True,
         rich_markup_mode=None,
     )
@@ -239,9 +239,7 @@ def _states(names: list[str] | None) -> Any:
     return [known[name] for name in names] if names else None
 
 
-def _open(
-    settings_path: Path | None, state_path: Path | None, output: Output
-) -> Database | None:
+def _open(settings_path: Path | None, state_path: Path | None, output: Output) -> Database | None:
     """Return the database for reading, or None, told, where no daemon has made one."""
     from ckptd.jobs.database import Database
 

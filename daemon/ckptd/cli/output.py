@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from ckptd import errors
 
@@ -116,11 +116,12 @@ class Output:
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for heading in headings:
-            side = "right" if heading in right else "left"
-            table.add_column(Text(heading), justify=side, overflow="fold")  # type: ignore[arg-type]
+        for number, heading in enumerate(headings):
+            side: Literal["left", "right"] = "right" if heading in right else "left"
+            # What a row is called is copied to other commands: the first column is never broken.
+            table.add_column(Text(heading), justify=side, no_wrap=number == 0)
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(cell, overflow="fold") for cell in row))
         console = Console(file=self._data, highlight=False)
         with console.capture() as captured:
             console.print(table)
@@ -140,7 +141,9 @@ class Output:
 def plain(value: Any) -> Any:
     """Return `value` as JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Path):

@@ -33,11 +33,12 @@ _UNKNOWN_DIGEST = "0c4b7d15ae92"
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
+        short_help="Show what `run` would do, from headers alone.",
         epilog=arguments.examples(
             "ckptd plan /runs/llama-sft/checkpoint-500 -p publish.yaml",
             "ckptd plan ./model -p reshard --set reshard.max_shard_size=2GB",
             "ckptd plan ./model -p publish --json",
-        )
+        ),
     )(plan)
 
 
@@ -90,9 +91,7 @@ def _target(wanted: Definition, source: Checkpoint, run: str) -> Push | None:
     if wanted.push is None:
         return None
     resolved = target.resolve(wanted.push, source, run=run, digest=_UNKNOWN_DIGEST)
-    opened = {
-        name: _opened(value) for name, value in resolved.model_dump().items()
-    }
+    opened = {name: _opened(value) for name, value in resolved.model_dump().items()}
     return resolved.model_copy(update=opened)
 
 
@@ -102,9 +101,7 @@ def _opened(value: Any) -> Any:
     return value.replace(_UNKNOWN_DIGEST, "{digest}") if isinstance(value, str) else value
 
 
-def _facts(
-    source: Checkpoint, wanted: Definition, made: Plan, push: Push | None
-) -> dict[str, Any]:
+def _facts(source: Checkpoint, wanted: Definition, made: Plan, push: Push | None) -> dict[str, Any]:
     from ckptd.pipeline import target
 
     pushed = None
@@ -138,13 +135,13 @@ def _facts(
 def _undecided(source: Checkpoint, wanted: Definition) -> list[str]:
     """Return the pairs whose contents `tie` will compare, which may change what is planned."""
     from ckptd import errors
-    from ckptd.models import tying
+    from ckptd.models import ties
 
     if not any(call.name == "tie" for call in wanted.stages):
         return []
     specs = {name: tensor.spec for name, tensor in source.tensors.items()}
     try:
-        pairs = tying.find(source.config, specs, path=source.path).pairs
+        pairs = ties.find(source.config, specs, path=source.path).pairs
     except errors.StageRefused:
         return []
     return [f"{left} = {right}?" for left, right in pairs]
@@ -178,7 +175,7 @@ def _print(facts: dict[str, Any], output: Output) -> None:
     shown |= {
         "undecided": "\n".join(f"{pair} compared when it runs" for pair in facts["undecided"])
         or None,
-        "reads": f"{size(facts['read_bytes'])} of {size(facts['source_bytes'])} in "
+        "reads": f"{size(facts['read_bytes'])}; the source holds {size(facts['source_bytes'])} in "
         f"{_files(facts['num_source_files'])}",
         "copies": size(facts["copied_bytes"]),
         "computes": f"{size(computed)} on {facts['device']}" if computed else "nothing, no torch",

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
+        short_help="Take one checkpoint through a pipeline, now.",
         epilog=arguments.examples(
             "ckptd run ./model -p reshard -o ./out --set reshard.max_shard_size=2GB",
             "ckptd run /runs/llama-sft/checkpoint-500 -p publish.yaml",
             "ckptd run /runs/llama-sft/checkpoint-500 -p publish.yaml --no-push -o ./look",
-        )
+        ),
     )(run)
 
 
@@ -45,9 +46,7 @@ def run(
         typer.Option("--output", "-o", metavar="DIR", help="Folder that gets the finished model."),
     ] = None,
     sets: Sets = None,
-    no_push: Annotated[
-        bool, typer.Option("--no-push", help="Publish nothing; needs -o.")
-    ] = False,
+    no_push: Annotated[bool, typer.Option("--no-push", help="Publish nothing; needs -o.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is in the output folder.")
     ] = False,
@@ -85,7 +84,7 @@ def run(
     )
     _require_use(request, pipeline)
     with display.make(out, push=request.push) as shown:
-        outcome = foreground.execute(request, shown)
+        outcome = foreground.execute(request, shown, tell=out.talk)
     _tell(outcome, request, out)
     if request.push and outcome.commit is None:
         raise typer.Exit(errors.CheckFailed.exit_code)

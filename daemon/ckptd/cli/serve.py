@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckptd import errors
+from ckptd.aio import groups
 from ckptd.cli import arguments, failures
 from ckptd.cli.arguments import SettingsFile, StateFolder
 
@@ -22,11 +24,12 @@ PUBLIC_HUB = "https://huggingface.co"
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
+        short_help="Run the daemon in the foreground.",
         epilog=arguments.examples(
             "ckptd serve",
             "ckptd serve --settings /etc/ckptd/ckptd.yaml",
             "ckptd serve --pipelines-dir ./pipelines.d --state-dir ./state",
-        )
+        ),
     )(serve)
 
 
@@ -47,8 +50,8 @@ def serve(
     """
     try:
         _serve(arguments.settings(settings, state_dir, pipelines_dir))
-    except (errors.SettingsError, errors.DefinitionError) as error:
-        error.exit_code = failures.EXIT_SETTINGS
+    except* (errors.SettingsError, errors.DefinitionError) as caught:
+        groups.first(caught, errors.CkptdError).exit_code = failures.EXIT_SETTINGS
         raise
 
 
@@ -66,7 +69,7 @@ def _serve(settings: Settings) -> None:
         sys.stdout,
         output=settings.log_format,
         level=settings.log_level,
-        secrets=[text for text in (os.environ.get("HF_TOKEN"),) if text],
+        secrets=_secrets(),
     )
     log = structlog.get_logger()
     given = {k: v for k, v in os.environ.items() if k != failures.DEBUG_VARIABLE}
@@ -81,6 +84,15 @@ def _serve(settings: Settings) -> None:
     )
     served = daemon.Daemon(settings, endpoint=endpoint, notifier=Notifier())
     anyio.run(daemon.run_until_signal, served)
+
+
+def _secrets() -> list[str]:
+    """Return the token wherever it comes from, so that no log shows it, whatever it looks like."""
+    found = [os.environ.get("HF_TOKEN", "")]
+    if path := os.environ.get("HF_TOKEN_PATH"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            found.append(Path(path).read_text().strip())
+    return [text for text in found if text]
 
 
 def _require_definition(folder: Path) -> None:

@@ -28,11 +28,12 @@ _CLEAR = "\x1b[H\x1b[J"
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
+        short_help="Show whether the daemon runs and what it does.",
         epilog=arguments.examples(
             "ckptd status",
             "ckptd status --watch",
             "ckptd status --state-dir /var/lib/ckptd --json",
-        )
+        ),
     )(status)
 
 
@@ -89,7 +90,9 @@ def _describe(found: DaemonStatus) -> list[str]:
         lines.append("definitions: none; put one into the pipelines.d folder")
     for definition in found.definitions:
         problem = f": {definition.problem}" if definition.problem else ""
-        lines.append(f"definition {definition.pipeline or '(none)'} from {definition.path}{problem}")
+        lines.append(
+            f"definition {definition.pipeline or '(none)'} from {definition.path}{problem}"
+        )
     for place in found.watches:
         problem = f": {place.problem}" if place.problem else ""
         lines.append(
@@ -102,10 +105,8 @@ def _describe(found: DaemonStatus) -> list[str]:
 def _job(job: JobStatus) -> list[str]:
     shards = f", shard {job.shards_done} of {job.num_shards}" if job.num_shards else ""
     target = f" -> {job.target}" if job.target else ""
-    lines = [
-        f"  {job.job_id} {job.run}/{job.name}{target}: {job.phase.value}{shards}, "
-        f"since {_time(job.started_at)}"
-    ]
+    name = f"{job.job_id} {job.run}/{job.name}{target}"
+    lines = [f"  {name}: {job.phase.value}{shards}, since {_time(job.started_at)}"]
     moved = [
         f"{units.format_bytes(counter.done_bytes)} of {units.format_bytes(counter.total_bytes)} "
         f"{name}"

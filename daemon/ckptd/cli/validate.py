@@ -16,10 +16,11 @@ from ckptd.cli.output import Output
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
+        short_help="Check pipeline definitions.",
         epilog=arguments.examples(
             "ckptd validate publish.yaml",
             "ckptd validate /etc/ckptd/pipelines.d",
-        )
+        ),
     )(validate)
 
 
@@ -36,9 +37,7 @@ def validate(
     from ckptd.pipeline import shipped
 
     output = Output(as_json=as_json)
-    paths = [
-        path for text in pipelines for path in _files(text, shipped.SUFFIXES) or [_one(text)]
-    ]
+    paths = [path for text in pipelines for path in _files(text, shipped.SUFFIXES) or [_one(text)]]
     answers = [_check(path) for path in paths]
     problems = [problem for answer in answers for problem in answer["problems"]]
     if as_json:

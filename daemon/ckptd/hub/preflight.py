@@ -184,16 +184,38 @@ class Preflight:
         return head
 
     async def _check_tag(self, head: str | None) -> None:
-        """Refuse a tag that stands on a foreign commit, before anything is sent."""
+        """Refuse a tag that stands on a foreign commit, before anything is sent.
+
+        On the head it may stay for now: the push may turn out to change nothing.
+        """
+        there = await self.foreign_tag()
+        if there is not None and there != head:
+            assert self._target.git_tag is not None
+            raise self._taken(self._target.git_tag, there)
+
+    async def foreign_tag(self) -> str | None:
+        """Return the commit the wanted git tag stands on, unless that is this push's own."""
         tag, repo_id = self._target.git_tag, self._target.repo_id
         if tag is None:
-            return
+            return None
         there = (await self._attempts.run(lambda: self._hub.tags(repo_id))).get(tag)
-        if there is None or there == head:
-            return
+        if there is None:
+            return None
         (tagged,) = await self._attempts.run(lambda: self._hub.commits(repo_id, there, limit=1))
-        if not push.carries(tagged.text, self._push_id):
-            raise self._taken(tag, there)
+        return None if push.carries(tagged.text, self._push_id) else there
+
+    async def check_tag_before_commit(self, unchanged_head: str | None) -> None:
+        """Refuse to make a commit that could not get its tag.
+
+        `unchanged_head` is the head that already holds exactly the files, None where there is none.
+
+        Raises:
+            errors.HubRejected: the tag stands on a commit that this push will not end at.
+        """
+        there = await self.foreign_tag()
+        if there is not None and there != unchanged_head:
+            assert self._target.git_tag is not None
+            raise self._taken(self._target.git_tag, there)
 
     async def _read_card(self, head: str) -> str | None:
         try:

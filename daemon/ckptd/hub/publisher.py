@@ -115,11 +115,15 @@ class Publisher:
         files = [file for file in files if not preflight.is_card(file)]
         records = await self._gather(files)
         if not self._target.create_pr:
+            if await self._checks.foreign_tag() is not None:
+                base = await self._lander.base(self._revision, records, self._checks.card_for)
+                await self._checks.check_tag_before_commit(base.head if base.is_same else None)
             return await self._publish(self._revision, files, records)
         base = await self._lander.base(self._revision, records, self._checks.card_for)
         if base.is_same and base.head is not None:
             landed = landing.Landed(oid=base.head, created=False, records=base.records)
             return await self._finish(self._revision, landed)
+        await self._checks.check_tag_before_commit(None)
         draft = pull_request.Draft(
             hub=self._hub,
             target=self._target,

@@ -50,6 +50,9 @@ class State(enum.Enum):
 TERMINAL = frozenset({
     State.PUBLISHED, State.SKIPPED, State.REFUSED, State.FAILED, State.VANISHED, State.CANCELLED,
 })  # fmt: skip
+_GONE = frozenset({errors.CheckpointVanished.__name__, errors.SourceChanged.__name__})
+"""Failures after which the content of the job exists no more; should it come back (a file was only
+touched), the job is queued again."""
 ACQUIRABLE = frozenset({State.QUEUED, State.RETRYING, State.WAITING})
 """A worker may take these, retrying and waiting ones once `next_try_at` has come."""
 
@@ -349,7 +352,7 @@ def _state_after(failure: Failure, failures: int, limits: RetryLimits) -> State:
         return State.WAITING
     if failure.retry is errors.Retry.LATER:
         return State.RETRYING if failures < limits.max_failures else State.FAILED
-    if failure.code == errors.CheckpointVanished.__name__:
+    if failure.code in _GONE:
         return State.VANISHED
     return (
         State.REFUSED if failure.exit_code == errors.CheckpointRefused.exit_code else State.FAILED

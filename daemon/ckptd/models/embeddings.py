@@ -8,7 +8,7 @@ The number of rows is what the tensors have, which padding may have made larger 
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def find(
             path,
         )
     width = tensors[embedding].shape[0]
-    _check_others(config, tensors, placed, embedding, path)
+    others = {found.locate(row.name, tensors) for row in found.rows if row not in rows}
+    _check_others(config, tensors, {*placed, *others}, embedding, path)
     return Vocabulary(
         architecture=found,
         rows=width,
@@ -189,11 +190,11 @@ def _fill(
 def _check_others(
     config: Mapping[str, Any],
     tensors: Mapping[str, Shaped],
-    placed: Mapping[str, Row],
+    known: Collection[str | None],
     embedding: str,
     path: Path | str,
 ) -> None:
-    """Refuse a tensor outside the vocabulary that seems to have its rows.
+    """Refuse a tensor that seems to have the vocabulary's rows, and of which nothing is known.
 
     Names that mean embeddings and heads are enough; other names only where no size in config.json
     explains the dimension and the tensor could be a table, a head or a bias beside this embedding.
@@ -201,7 +202,7 @@ def _check_others(
     rows, width = tensors[embedding].shape[0], tensors[embedding].shape[-1]
     explained = _explained(config, rows)
     for name, tensor in tensors.items():
-        if name in placed or rows not in tensor.shape:
+        if name in known or rows not in tensor.shape:
             continue
         *_, module, _leaf = ("", "", *name.split("."))
         called = module in unfamiliar.INPUT_MODULES | unfamiliar.HEAD_MODULES

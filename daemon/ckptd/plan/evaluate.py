@@ -181,9 +181,9 @@ class Evaluator:
         return scatter.add_(mean)[start : start + num_new].cpu()
 
     def _around_bias_mean(self, value: Grown, tensor: str) -> torch.Tensor:
-        rows = torch.cat(list(self._source_rows(value, 1, tensor))).flatten().to(torch.float64)
-        if rows.numel() == 0:
+        if value.source.shape[value.axis] == 0:
             return torch.zeros(value.shape)
+        rows = torch.cat(list(self._source_rows(value, 1, tensor))).flatten().to(torch.float64)
         std = rows.std() if rows.numel() > 1 else rows.new_zeros(())
         noise = _noise(value, step=0, width=1).flatten().to(rows)
         return noise.mul_(COVARIANCE_SCALE * std).add_(rows.mean()).cpu()

@@ -13,6 +13,7 @@ import ctypes
 import importlib
 import os
 import signal
+import traceback
 from pathlib import Path
 
 import anyio
@@ -73,6 +74,9 @@ class Runner:
                 self._report(progress.Finished(outcome=outcome))
             except* CkptdError as caught:
                 self._report(progress.Failed(failure=Failure.of(groups.first(caught, CkptdError))))
+            except* Exception as caught:  # noqa: BLE001 (a top boundary: the job must end in words)
+                traceback.print_exception(caught)
+                self._report(progress.Failed(failure=_unexpected(caught)))
         if self._scope.cancelled_caught:
             failure = Failure(code="Cancelled", message="the job was cancelled")
             self._report(progress.Failed(failure=failure))
@@ -82,6 +86,15 @@ class Runner:
         data = progress.encode(message)
         while data:
             data = data[os.write(self._output_fd, data) :]
+
+
+def _unexpected(caught: ExceptionGroup[Exception]) -> Failure:
+    error = groups.first(caught, Exception)
+    return Failure(
+        code=type(error).__name__,
+        message=f"unexpected: {type(error).__name__}: {error}",
+        hint="this is a fault of ckptd: please report it with the traceback in the daemon's log",
+    )
 
 
 def _work(start: progress.Start) -> job.Work:

@@ -7,12 +7,12 @@ not in it. The fixed parts were measured on Linux, CPython 3.11 to 3.13, and rou
 
 from __future__ import annotations
 
-from ckptd.plan import blocks, buffers, expression, transfer
+from ckptd.plan import blocks, buffers, transfer
 from ckptd.plan.plan import Computed, Plan
 
-INTERPRETER_BYTES = 80_000_000
+INTERPRETER_BYTES = 75_000_000
 """Python with ckptd, before a checkpoint is opened."""
-TORCH_BYTES = 330_000_000
+TORCH_BYTES = 260_000_000
 """torch on the CPU, imported and used once; a CUDA context takes more, outside of this."""
 HUB_BYTES = 60_000_000
 """The Hub's client, connected."""
@@ -28,17 +28,17 @@ def planned_peak_bytes(plan: Plan, *, byte_budget: int, num_threads: int, push: 
     if push:
         total += HUB_BYTES
     if plan.needs_torch:
-        total += TORCH_BYTES + min(byte_budget, _in_flight_bytes(plan)) + buffers.MAX_IDLE_BYTES
+        in_flight = _in_flight_bytes(plan, byte_budget)
+        total += TORCH_BYTES + in_flight + min(in_flight, buffers.MAX_IDLE_BYTES)
     return total
 
 
-def _in_flight_bytes(plan: Plan) -> int:
-    """Return what all computed blocks would cost at once."""
-    computed = (part for shard in plan.shards for part in shard.segments)
-    return sum(
-        part.nbytes
-        + sum(extent.nbytes for extent in expression.loads(part.value))
-        + 4 * blocks.STATISTICS_BYTES
-        for part in computed
-        if isinstance(part, Computed)
-    )
+def _in_flight_bytes(plan: Plan, byte_budget: int) -> int:
+    """Return what computed blocks may cost at once: what they cost together, up to the budget."""
+    total = 0
+    for shard in plan.shards:
+        for batch in blocks.batches(s for s in shard.segments if isinstance(s, Computed)):
+            total += sum(block.cost_bytes for block in batch)
+            if total >= byte_budget:
+                return byte_budget
+    return total

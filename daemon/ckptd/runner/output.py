@@ -6,7 +6,10 @@ through the same pipeline gives the same bytes, so that a second run changes not
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,14 +17,17 @@ from pathlib import Path
 
 from ckptd import __version__
 from ckptd.checkpoint import writer
-from ckptd.checkpoint.checkpoint import Checkpoint
-from ckptd.errors import StorageFailed
+from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
+from ckptd.errors import SourceChanged, StorageFailed
 from ckptd.plan.plan import CONFIG_NAME, INDEX_NAME, Plan
 from ckptd.plan.stream import FinishedShard
 from ckptd.runner.staging import Staging
 
 PROVENANCE_NAME = "ckptd.json"
 PROVENANCE_FORMAT = 1
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+"""renameat2(2): both paths as they are; they change places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +67,10 @@ def write_side_files(
 
     Raises:
         NoSpace, StorageFailed: the folder cannot be written.
+        SourceChanged: a file of the source is gone or has another size than it was planned with.
     """
     contents: list[tuple[str, Callable[[], bytes]]] = [(CONFIG_NAME, lambda: plan.config)]
-    contents += [(file.relpath, file.path.read_bytes) for file in plan.side_files]
+    contents += [(file.relpath, functools.partial(_read, file)) for file in plan.side_files]
     index = plan.index
     if index is not None:
         contents.append((INDEX_NAME, lambda: index))
@@ -76,6 +83,18 @@ def write_side_files(
         writer.write_file(path, raw)
         written.append(OutputFile(path=path, name=name, nbytes=len(raw), sha256=None))
     return tuple(written)
+
+
+def _read(file: SideFile) -> bytes:
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or "an error"
+        raise SourceChanged(path=file.path, expected="a readable file", found=reason) from error
+    if len(content) != file.nbytes:
+        sizes = f"{file.nbytes} bytes", f"{len(content)}"
+        raise SourceChanged(path=file.path, expected=sizes[0], found=sizes[1])
+    return content
 
 
 def require_free(folder: Path, *, overwrite: bool) -> None:
@@ -97,25 +116,48 @@ def require_free(folder: Path, *, overwrite: bool) -> None:
 def keep(staging: Staging, folder: Path | None) -> Path:
     """Move the finished output to `folder`, replacing what is there; return where it is.
 
-    Both must lie on one file system. Without a folder the output stays in the staging folder.
+    Both must lie on one file system. Where the kernel can, the two change places at once, so that
+    a reader finds the one or the other; what was replaced goes with the staging folder. Without a
+    folder the output stays in the staging folder.
 
     Raises:
-        NoSpace, StorageFailed: the folder cannot be replaced.
+        NoSpace, StorageFailed: the folder cannot be replaced; what was there is there still.
     """
     if folder is None:
         return staging.out_path
-    retired = folder.with_name(f"{writer.TEMPORARY_PREFIX}{folder.name}.old")
     try:
         writer.make_folder(folder.parent)
-        shutil.rmtree(retired, ignore_errors=True)
-        if folder.exists():
-            folder.rename(retired)
-        staging.out_path.rename(folder)
+        if not folder.exists():
+            staging.out_path.rename(folder)
+        elif not _exchange(staging.out_path, folder):
+            _replace(staging.out_path, folder)
         writer.sync_folder(folder.parent)
     except OSError as error:
         raise writer.translated(error, folder, 0) from error
-    shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(staging.out_path, ignore_errors=True)
     return folder
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where kernel or file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return done == 0
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Put `new` in the place of `folder` in two steps; the old one comes back if that fails."""
+    retired = folder.with_name(f"{writer.TEMPORARY_PREFIX}{folder.name}.old")
+    shutil.rmtree(retired, ignore_errors=True)
+    folder.rename(retired)
+    try:
+        new.rename(folder)
+    except OSError:
+        retired.rename(folder)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _encode(

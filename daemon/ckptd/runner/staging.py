@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,9 @@ class Staging:
         writer.make_folder(self.out_path)
         lines = self._read_ledger()
         if not lines or lines[0].get("plan") != plan.digest:
-            shutil.rmtree(self.out_path)
-            writer.make_folder(self.out_path)
+            self._clear(keep=())
             writer.write_file(self._ledger_path, _line({"plan": plan.digest}))
             return {}
-        writer.sweep(self.out_path)
         by_name = {line["shard"]: line for line in lines if "shard" in line}
         finished = {}
         for shard in plan.shards:
@@ -57,6 +55,7 @@ class Staging:
                     nbytes=shard.nbytes,
                     sha256=line["sha256"],
                 )
+        self._clear(keep=finished)
         return finished
 
     def record(self, shard: FinishedShard) -> None:
@@ -86,6 +85,17 @@ class Staging:
     def remove(self) -> None:
         """Remove the whole folder; nothing happens if it is gone."""
         shutil.rmtree(self.work_path, ignore_errors=True)
+
+    def _clear(self, *, keep: Container[str]) -> None:
+        """Remove everything but `keep`: what an earlier attempt left may belong there no more."""
+        try:
+            for path in self.out_path.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name not in keep:
+                    path.unlink()
+        except OSError as error:
+            raise writer.translated(error, self.out_path, 0) from error
 
     def _read_ledger(self) -> list[dict[str, Any]]:
         try:

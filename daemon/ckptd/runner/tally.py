@@ -6,7 +6,8 @@ Reports go out when something happens, byte counters a few times a second while 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -30,9 +31,10 @@ class Tally:
         self.meter = Meter()
         self._report = report
         self._plan: Plan | None = None
+        self._todo: Plan | None = None
         self._done: set[str] = set()
         self._uploaded: dict[str, int] = {}
-        self._upload_total = 0
+        self._upload_bytes = 0
         self._reused_bytes = 0
         self._told: Counters | None = None
 
@@ -43,13 +45,19 @@ class Tally:
 
     def planned(self, plan: Plan) -> None:
         """What will be done is decided; stage warnings are told."""
-        self._plan = plan
+        self._plan = self._todo = plan
+        small = [len(plan.config), len(plan.index or b""), *(f.nbytes for f in plan.side_files)]
+        self._upload_bytes = plan.output_bytes + sum(small)
         for stage in plan.reports:
             for warning in stage.warnings:
                 self._report(progress.Warned(text=f"{stage.stage}: {warning}"))
 
-    def reused(self, shards: Iterable[FinishedShard]) -> None:
-        """These files were finished by an earlier attempt."""
+    def reused(self, shards: Collection[FinishedShard]) -> None:
+        """These files were finished by an earlier attempt; comes after `planned`."""
+        assert self._plan is not None
+        names = {shard.name for shard in shards}
+        left = tuple(shard for shard in self._plan.shards if shard.name not in names)
+        self._todo = dataclasses.replace(self._plan, shards=left)
         self._reused_bytes = sum(shard.nbytes for shard in shards)
 
     def finished(self, shard: FinishedShard, *, reused: bool) -> None:
@@ -107,15 +115,15 @@ class Tally:
             await anyio.sleep(SAMPLE_S)
 
     def _tell(self) -> None:
-        if self._plan is None:
+        plan, todo, meter, reused = self._plan, self._todo, self.meter, self._reused_bytes
+        if plan is None or todo is None:
             return
-        plan, meter, reused = self._plan, self.meter, self._reused_bytes
         counters = Counters(
-            read=Counter(done_bytes=meter.read_bytes, total_bytes=plan.read_bytes - reused),
-            computed=Counter(done_bytes=meter.computed_bytes, total_bytes=plan.computed_bytes),
+            read=Counter(done_bytes=meter.read_bytes, total_bytes=todo.read_bytes),
+            computed=Counter(done_bytes=meter.computed_bytes, total_bytes=todo.computed_bytes),
             written=Counter(done_bytes=meter.written_bytes + reused, total_bytes=plan.output_bytes),
             uploaded=Counter(
-                done_bytes=sum(self._uploaded.values()), total_bytes=plan.output_bytes
+                done_bytes=sum(self._uploaded.values()), total_bytes=self._upload_bytes
             ),
         )
         if counters != self._told:

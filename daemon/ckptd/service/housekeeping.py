@@ -1,9 +1,9 @@
 """Folders of the daemon's own: where they are, and when they go.
 
 Staging (`<state>/work/<job>/`) and pin of a job stay while the job may still need them: queued,
-running, retrying, waiting, and failed (a person may retry it when the source is long gone). A held
-job keeps its output. Everything else is removed as soon as the job has ended, and what a crash left
-behind is removed at the next start.
+running, retrying, waiting, and failed or held (a person may retry it when the source is long gone;
+a held job's output is in its staging). Everything else is removed as soon as the job has ended, and
+what a crash left behind is removed at the next start.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 from ckptd.checkpoint import pin
 from ckptd.jobs.job import Job, State
 
-_KEEPS_PIN = frozenset({
-    State.QUEUED, State.RUNNING, State.RETRYING, State.WAITING, State.FAILED,
+_NEEDED = frozenset({
+    State.QUEUED, State.RUNNING, State.RETRYING, State.WAITING, State.FAILED, State.HELD,
 })  # fmt: skip
-_KEEPS_STAGING = _KEEPS_PIN | {State.HELD}
 
 
 def work_path(state_path: Path, job_id: str) -> Path:
@@ -28,9 +27,8 @@ def work_path(state_path: Path, job_id: str) -> Path:
 
 def tidy(job: Job, state_path: Path) -> None:
     """Remove what `job` no longer needs in its state; safe to call twice. Blocks."""
-    if job.state not in _KEEPS_PIN:
+    if job.state not in _NEEDED:
         pin.release(Path(job.spec.pinned_path))
-    if job.state not in _KEEPS_STAGING:
         shutil.rmtree(work_path(state_path, job.job_id), ignore_errors=True)
 
 
@@ -39,7 +37,7 @@ def sweep(jobs: Iterable[Job], state_path: Path) -> None:
     needed = set()
     for job in jobs:
         tidy(job, state_path)
-        if job.state in _KEEPS_STAGING:
+        if job.state in _NEEDED:
             needed.add(job.job_id)
     for folder in (state_path / "work").glob("*"):
         if folder.name not in needed:
@@ -48,4 +46,4 @@ def sweep(jobs: Iterable[Job], state_path: Path) -> None:
 
 def needs_pin(job: Job) -> bool:
     """Return whether the job's pin must stay."""
-    return job.state in _KEEPS_PIN
+    return job.state in _NEEDED

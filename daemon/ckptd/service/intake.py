@@ -8,6 +8,8 @@ steps. Every checkpoint that was seen has a sighting in the store that says what
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,8 +136,15 @@ class Intake:
         return (
             sighting is not None
             and sighting.verdict in _DECIDED
-            and sighting.fingerprint_id == seen.fingerprint_id
+            and sighting.fingerprint_id == self._identity(seen, sighting.verdict)
         )
+
+    def _identity(self, seen: Listing, verdict: Verdict) -> str:
+        """What a verdict holds for: a refusal only under the definition that brought it about."""
+        if verdict is Verdict.TAKEN:
+            return seen.fingerprint_id
+        definition = json.dumps(self._definition.dump(), sort_keys=True).encode()
+        return f"{seen.fingerprint_id} {hashlib.sha256(definition).hexdigest()[:16]}"
 
     async def _pin(self, candidate: _Candidate) -> None:
         """Pin what is there, where that costs nothing; a failure shows when it is judged."""
@@ -273,7 +282,7 @@ class Intake:
             Sighting(
                 source_path=str(candidate.path),
                 pipeline=self._definition.pipeline,
-                fingerprint_id=candidate.seen.fingerprint_id,
+                fingerprint_id=self._identity(candidate.seen, verdict),
                 verdict=verdict,
                 reason=reason,
                 job_id=job_id,

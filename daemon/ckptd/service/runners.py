@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import anyio
 from anyio.abc import Process
@@ -44,7 +44,7 @@ class RunnerProcess:
             return False
         return True
 
-    async def reports(self) -> AsyncIterator[progress.Report]:
+    async def reports(self) -> AsyncGenerator[progress.Report, None]:
         """Yield what the process reports until its output ends.
 
         Raises:

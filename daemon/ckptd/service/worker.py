@@ -7,6 +7,7 @@ the runner killed, the daemon stopped. A runner that failed is replaced.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable
@@ -133,11 +134,12 @@ class Worker:
             group.start_soon(self._keep_lease, spec.job_id, runner, worker)
             if await runner.send(start):
                 try:
-                    async for report in runner.reports():
-                        self._board.reported(spec.job_id, report)
-                        if isinstance(report, progress.Finished | progress.Failed):
-                            ending = report
-                            break
+                    async with contextlib.aclosing(runner.reports()) as reports:
+                        async for report in reports:
+                            self._board.reported(spec.job_id, report)
+                            if isinstance(report, progress.Finished | progress.Failed):
+                                ending = report
+                                break
                 except ValueError as error:
                     log.error("runner wrote nonsense", job=spec.job_id, error=str(error))
             group.cancel_scope.cancel()
@@ -199,7 +201,8 @@ class Worker:
                 next_try_s=None if ended.next_try_at is None else round(ended.next_try_at - now, 1),
             )
         await anyio.to_thread.run_sync(housekeeping.tidy, ended, self._options.state_path)
-        return ending is not None
+        # After a failure or a cancel, threads of the Hub's client may still be at work in it.
+        return isinstance(ending, progress.Finished)
 
     async def _release(self, job_id: str, worker: str) -> Job:
         return await self._store.release(

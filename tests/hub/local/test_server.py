@@ -99,6 +99,28 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path):
         pass
 
 
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path):
+    """Pointed at a folder that is no Hub's, it refuses and touches nothing."""
+    (tmp_path / "incoming").mkdir()
+    (tmp_path / "incoming" / "thesis.txt").touch()
+    taken = server.running(root=tmp_path)
+    with pytest.raises(errors.StorageFailed, match="holds no Hub"), taken:
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["incoming", "thesis.txt"]
+
+
+@pytest.mark.parametrize("name", ["repos/models/acme/run/repo.json", "accounts.json"])
+def test_broken_state_is_named(tmp_path: Path, name: str):
+    """A state file that is not ours gives its path, and the folder is free again after."""
+    root = tmp_path / "hub"
+    with server.running(root=root) as hub:
+        HfApi(endpoint=hub.url, token=hub.token).create_repo("acme/run")
+    (root / name).write_text("{}" if name.startswith("repos") else "[]")
+    for _ in range(2):
+        with pytest.raises(errors.StorageFailed, match=name), server.running(root=root):
+            pass
+
+
 def test_it_binds_loopback(hub):
     """Nobody else is offered anything unless asked for."""
     assert httpx2.URL(hub.url).host == "127.0.0.1"

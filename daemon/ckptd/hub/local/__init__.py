@@ -5,7 +5,7 @@ tests publish to. Three rings, each knows only those before it:
 
     values, names, refusal          what a repo is; what the Hub says no with
     blobs, store, history, ...      the repos on disk, free of HTTP
-    routes/, pages, traffic, app    HTTP; `server` runs it, `thread` runs it beside synchronous code
+    wire, routes/, pages, traffic   HTTP; `app` puts it together, `server` runs it
 
 Promises: an answered request is on disk (temporary name, fsync, rename) and survives a kill;
 content is named by its sha256 and checked while it streams in; memory does not grow with file

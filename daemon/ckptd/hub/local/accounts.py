@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from ckptd import errors
 from ckptd.hub.local import refusal
 from ckptd.hub.local.blobs import write_durably
 from ckptd.hub.local.values import Repo
@@ -56,7 +57,11 @@ _ACCOUNTS = TypeAdapter(dict[str, Account])
 
 
 def open_accounts(root: Path, given: Mapping[str, Account] | None = None) -> dict[str, Account]:
-    """Return token -> account: those `given`, else those in the folder, else a new default one."""
+    """Return token -> account: those `given`, else those in the folder, else a new default one.
+
+    Raises:
+        errors.StorageFailed: the file in the folder is not one of accounts.
+    """
     if given is not None:
         return dict(given)
     path = root / FILE_NAME
@@ -64,6 +69,9 @@ def open_accounts(root: Path, given: Mapping[str, Account] | None = None) -> dic
         return _ACCOUNTS.validate_json(path.read_bytes())
     except FileNotFoundError:
         fresh = {new_token(): DEFAULT}
+    except ValidationError as exc:
+        why = f"not a file of accounts: {exc.error_count()} fields are wrong"
+        raise errors.StorageFailed(why, path=path) from exc
     root.mkdir(parents=True, exist_ok=True)
     write_durably(path, _ACCOUNTS.dump_json(fresh, indent=1), mode=0o600)
     return fresh

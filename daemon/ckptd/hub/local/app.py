@@ -15,6 +15,7 @@ from ckptd.hub.local.options import Choices, Hub
 from ckptd.hub.local.routes import (
     account,
     browser,
+    commit,
     discussions,
     downloads,
     files,
@@ -27,7 +28,7 @@ from ckptd.hub.local.store import Store
 from ckptd.hub.local.traffic import FaultHook, Ledger, Traffic
 from ckptd.hub.local.xet import XetStore
 
-ROOMS = (account, repos, files, refs, discussions, uploads, xet, downloads, browser)
+ROOMS = (account, repos, files, refs, commit, discussions, uploads, xet, downloads, browser)
 """Modules with routes, in the order in which they are tried."""
 
 

@@ -38,12 +38,20 @@ class Running:
     """A Hub that answers requests. All of it may be used from any thread."""
 
     url: str
-    root: Path
     accounts: Mapping[str, Account]
     """Token -> account."""
-    ledger: Ledger
     store: Store
     traffic: Traffic
+
+    @property
+    def root(self) -> Path:
+        """The folder it keeps everything in."""
+        return self.store.root
+
+    @property
+    def ledger(self) -> Ledger:
+        """The requests so far."""
+        return self.traffic.ledger
 
     @property
     def token(self) -> str:
@@ -84,23 +92,13 @@ async def serve(
         store = await anyio.to_thread.run_sync(Store, root)
         with contextlib.closing(store):
             tokens = accounts.open_accounts(store.root, tokens)
-            ledger = Ledger()
-            traffic = create_app(
-                store, tokens=tokens, choices=choices, ledger=ledger, faults=faults
-            )
-            running = Running(
-                url=_url(listener),
-                root=store.root,
-                accounts=tokens,
-                ledger=ledger,
-                store=store,
-                traffic=traffic,
-            )
+            traffic = create_app(store, tokens=tokens, choices=choices, faults=faults)
+            hub = Running(url=_url(listener), accounts=tokens, store=store, traffic=traffic)
 
             def announce() -> None:
                 if ready is not None:
-                    ready(running)
-                task_status.started(running)
+                    ready(hub)
+                task_status.started(hub)
 
             await _run(_Server(traffic, announce), listener)
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ckptd import errors
 from ckptd.hub.local import refusal, rules
@@ -56,15 +56,19 @@ class Store:
         self._names = threading.RLock()
         """Held to add, remove or move a repo."""
         self._commits: OrderedDict[tuple[RepoId, str], Commit] = OrderedDict()
+        self._lock = -1
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            _make_root(self.root)
             self._lock = _lock(self.root / "lock")
             self.blobs = Blobs(self.root)
             self._load()
         except OSError as exc:
-            raise errors.StorageFailed(
-                f"the Hub's folder cannot be used: {exc.strerror}", path=self.root
-            ) from exc
+            self.close()
+            why = f"the Hub's folder cannot be used: {exc.strerror}"
+            raise errors.StorageFailed(why, path=self.root) from exc
+        except errors.StorageFailed:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let another Hub serve the folder. Calling it twice is safe."""
@@ -80,7 +84,7 @@ class Store:
         """Return the repo as it is now, or None."""
         return self._repos.get(repo_id)
 
-    def create(self, repo_id: RepoId, *, private: bool, author: str) -> Repo:
+    def create(self, repo_id: RepoId, *, private: bool) -> Repo:
         """Make a repo whose first commit holds the default .gitattributes.
 
         Raises:
@@ -88,7 +92,7 @@ class Store:
         """
         with self._names:
             if repo_id in self._repos:
-                raise refusal.taken("You already created this model repo")
+                raise refusal.taken(f"You already created this repo: {repo_id}")
             content = rules.DEFAULT_GITATTRIBUTES.encode()
             file = File(
                 oid=git_oid(content), sha256=self.blobs.put(content), size=len(content), lfs=False
@@ -207,13 +211,17 @@ class Store:
 
     def _load(self) -> None:
         for kind in KINDS:
-            for path in (self.root / "repos" / kind).glob("*/*/repo.json"):
-                repo_id = RepoId(kind, path.parent.parent.name, path.parent.name)
-                self._repos[repo_id] = _renamed(_REPO.validate_json(path.read_bytes()), repo_id)
-        for kind in KINDS:
             for folder in (self.root / "repos" / kind).glob("*/*"):
-                if RepoId(kind, folder.parent.name, folder.name) not in self._repos:
+                repo_id = RepoId(kind, folder.parent.name, folder.name)
+                try:
+                    repo = _REPO.validate_json((folder / "repo.json").read_bytes())
+                except FileNotFoundError:
                     shutil.rmtree(folder)  # killed while it was being made
+                except ValidationError as exc:
+                    why = f"not the state of a repo: {exc.error_count()} fields are wrong"
+                    raise errors.StorageFailed(why, path=folder / "repo.json") from exc
+                else:
+                    self._repos[repo_id] = _renamed(repo, repo_id)
         shutil.rmtree(self.root / "incoming-deleted", ignore_errors=True)
 
     def _write(self, repo_id: RepoId, repo: Repo) -> None:
@@ -252,6 +260,19 @@ def _renamed(repo: Repo, repo_id: RepoId) -> Repo:
         return repo
     fields = {name: getattr(repo, name) for name in Repo.__dataclass_fields__}
     return Repo(**fields | {"namespace": repo_id.namespace, "name": repo_id.name})
+
+
+def _make_root(root: Path) -> None:
+    """Make the folder; one that holds something else is left alone.
+
+    Raises:
+        errors.StorageFailed: there are files in it, and they are not a Hub's.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "lock").exists() and any(root.iterdir()):
+        raise errors.StorageFailed(
+            "the folder is not empty and holds no Hub", path=root, hint="name a new folder"
+        )
 
 
 def _lock(path: Path) -> int:

@@ -19,6 +19,8 @@ from ckptd.pipeline.stage import Patterns, Stage, StageContext, StageOptions
 from ckptd.plan import expression
 from ckptd.plan.draft import Draft, StageReport
 
+_CONFIG_KEYS = ("dtype", "torch_dtype")
+_DEQUANTIZE = "dequantize it first; a cast would break its scales"
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -60,15 +62,7 @@ def plan(draft: Draft, options: CastOptions, context: StageContext) -> Draft:
     Raises:
         StageRefused: the checkpoint is quantized, or a `keep` pattern matches nothing.
     """
-    if "quantization_config" in draft.config:
-        method = draft.config["quantization_config"]
-        name = method.get("quant_method") if isinstance(method, Mapping) else None
-        raise StageRefused(
-            f"the checkpoint is quantized ({name or 'unnamed method'})",
-            stage="cast",
-            path=context.source_path,
-            hint="dequantize it first; a cast would break its scales",
-        )
+    _refuse_quantized(draft, context)
     for pattern in options.keep:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in draft.tensors):
             raise StageRefused(
@@ -78,9 +72,12 @@ def plan(draft: Draft, options: CastOptions, context: StageContext) -> Draft:
                 hint="see the names with `ckptd inspect --tensors`",
             )
     tensors = dict(draft.tensors)
-    kept, changed = 0, 0
+    kept, changed, already = 0, 0, 0
     for name, value in draft.tensors.items():
-        if not value.dtype.is_plain_float or value.dtype is options.dtype:
+        if not value.dtype.is_plain_float:
+            continue
+        if value.dtype is options.dtype:
+            already += 1
             continue
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in options.keep):
             kept += 1
@@ -93,19 +90,45 @@ def plan(draft: Draft, options: CastOptions, context: StageContext) -> Draft:
         summary=f"{changed} tensors to {target}, {kept} kept by pattern",
         facts={"dtype": target, "changed": changed, "kept": kept},
     )
-    config = _with_dtype(draft.config, target) if changed else draft.config
+    said = any(key in draft.config for key in _CONFIG_KEYS)
+    config = draft.config
+    if changed or (already and said):  # a config that says another dtype would load as that
+        config = _with_dtype(draft.config, target)
     return draft.with_report(report, tensors=tensors, config=config)
+
+
+def _refuse_quantized(draft: Draft, context: StageContext) -> None:
+    """Refuse what config.json or a tensor's dtype shows to be quantized."""
+    for config in (draft.config, *draft.config.values()):
+        method = config.get("quantization_config") if isinstance(config, Mapping) else None
+        if method:
+            name = method.get("quant_method") if isinstance(method, Mapping) else None
+            raise StageRefused(
+                f"the checkpoint is quantized ({name or 'unnamed method'})",
+                stage="cast",
+                path=context.source_path,
+                hint=_DEQUANTIZE,
+            )
+    for name, value in draft.tensors.items():
+        if str(value.dtype).startswith(("F8", "F6", "F4")):
+            raise StageRefused(
+                f"is {value.dtype}, quantized",
+                stage="cast",
+                path=context.source_path,
+                tensor=name,
+                hint=_DEQUANTIZE,
+            )
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     """Set `dtype` (or `torch_dtype`, where the file says that) here and in nested configs."""
     changed = {
         key: _with_dtype(value, dtype)
-        if isinstance(value, Mapping) and ("torch_dtype" in value or "dtype" in value)
+        if isinstance(value, Mapping) and any(one in value for one in _CONFIG_KEYS)
         else value
         for key, value in config.items()
     }
-    keys = [key for key in ("dtype", "torch_dtype") if key in changed] or ["dtype"]
+    keys = [key for key in _CONFIG_KEYS if key in changed] or ["dtype"]
     return changed | dict.fromkeys(keys, dtype)
 
 

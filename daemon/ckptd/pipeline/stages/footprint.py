@@ -15,12 +15,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from ckptd import units
+from ckptd.checkpoint.dtypes import Dtype
 from ckptd.errors import CheckFailed, StageRefused
+from ckptd.pipeline import kv_cache
 from ckptd.pipeline.stage import ByteSize, Stage, StageContext, StageOptions
 from ckptd.plan import expression
 from ckptd.plan.draft import Draft, StageReport
 
 _LARGEST = 5
+_DTYPES = {str(dtype.torch_name): dtype for dtype in Dtype if dtype.is_plain_float}
 
 
 def fraction(value: object) -> object:
@@ -123,9 +126,9 @@ def _limits(options: FootprintOptions, context: StageContext) -> dict[str, int]:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key in ("text_config", "llm_config", "decoder", "generator"):
+    for key in ("text_config", "llm_config", "language_config", "decoder", "generator"):
         nested = config.get(key)
-        if isinstance(nested, Mapping) and "hidden_size" in nested:
+        if isinstance(nested, Mapping) and kv_cache.head_size(nested) is not None:
             return nested
     return config
 
@@ -133,42 +136,36 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _rotary_bytes(config: Mapping[str, Any]) -> int:
     """Two float32 tables of half a head, which models with rotary positions keep as buffers."""
     rotary = {"rope_theta", "rope_scaling", "rope_parameters", "rotary_pct", "rotary_dim"}
-    head = _head_size(config)
+    head = kv_cache.head_size(config)
     return 0 if head is None or not rotary & set(config) else 2 * 4 * (head // 2)
 
 
-def _head_size(config: Mapping[str, Any]) -> int | None:
-    head = config.get("head_dim")
-    if isinstance(head, int):
-        return head
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        return hidden // heads
-    return None
-
-
 def _cache_bytes(draft: Draft, options: FootprintOptions, context: StageContext) -> int:
-    """Keys and values: 2 x layers x KV heads x head size x tokens x batch x bytes an element."""
-    config = _text_config(draft.config)
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
-    heads = config.get("num_key_value_heads", config.get("num_attention_heads"))
-    heads = heads if heads is not None else config.get("n_head")
-    head = _head_size(config)
-    if head is None and isinstance(config.get("n_embd"), int) and isinstance(heads, int) and heads:
-        head = config["n_embd"] // heads
-    if not (isinstance(layers, int) and isinstance(heads, int) and isinstance(head, int)):
+    """Return the bytes of the key-value cache in the dtype that the model computes in."""
+    assert options.context is not None
+    config = draft.config if draft.config.get("is_encoder_decoder") else _text_config(draft.config)
+    elements = kv_cache.num_elements(config, context=options.context, batch=options.batch)
+    if elements is None:
         raise StageRefused(
-            "config.json does not say layers, key-value heads and head size",
+            "config.json does not tell how large a key-value cache is",
             stage="footprint",
             path=context.source_path,
             hint="leave `context` out",
         )
-    element = min(4, max((v.dtype.bits // 8 for v in draft.tensors.values()), default=2))
-    widest = draft.tensors and Counter(v.dtype for v in draft.tensors.values()).most_common(1)
-    if widest and widest[0][0].is_plain_float:
-        element = widest[0][0].bits // 8
-    assert options.context is not None
-    return 2 * layers * heads * head * options.context * options.batch * element
+    return elements * _compute_dtype(draft).bits // 8
+
+
+def _compute_dtype(draft: Draft) -> Dtype:
+    """The dtype that config.json loads the model in, else that of most of its weights."""
+    for config in (draft.config, _text_config(draft.config)):
+        said = config.get("dtype", config.get("torch_dtype"))
+        if isinstance(said, str) and said in _DTYPES:
+            return _DTYPES[said]
+    sizes: Counter[Dtype] = Counter()
+    for value in draft.tensors.values():
+        if value.dtype.is_plain_float:
+            sizes[value.dtype] += expression.nbytes(value)
+    return sizes.most_common(1)[0][0] if sizes else Dtype.BF16
 
 
 STAGE = Stage(

@@ -69,7 +69,7 @@ def create(call: Call) -> Response:
     private = body.visibility == "private" or bool(body.private)
     url = f"{call.base_url}/{_url_path(repo_id)}"
     try:
-        call.hub.store.create(repo_id, private=private, author=call.account.name)
+        call.hub.store.create(repo_id, private=private)
     except refusal.Refused as refused:
         refused.extra["url"] = url
         raise

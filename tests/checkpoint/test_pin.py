@@ -1,0 +1,246 @@
+"""Pins: what was there stays there, whatever the trainer does; the source is never touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptd.checkpoint import pin
+from ckptd.checkpoint.listing import list_files
+from ckptd.checkpoint.pin import PinMethod
+from ckptd.errors import CheckpointUnsupported, NoSpace, StorageFailed
+
+METHODS = [PinMethod.HARD_LINK, PinMethod.COPY]
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def _refresh(source: Path, target: Path, method: PinMethod) -> pin.PinReport:
+    return pin.refresh(source, list_files(source), target, method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pin_survives_rotation(method: PinMethod, make_folder: Any, tmp_path: Path) -> None:
+    """After the trainer deleted its folder the pin holds every published file's bytes."""
+    source, target = make_folder("checkpoint-3", shards=2, step=3), tmp_path / "pin"
+    (source / "sub").mkdir()
+    (source / "sub" / "template.jinja").write_text("x")
+    before = _content(source)
+    _refresh(source, target, method)
+    shutil.rmtree(source)
+    assert _content(target) == {n: b for n, b in before.items() if n != "optimizer.pt"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pinning_leaves_no_trace_in_the_source(
+    method: PinMethod, make_folder: Any, tmp_path: Path
+) -> None:
+    """Names, contents and times stay: a touched folder changes the trainer's rotation order."""
+    source = make_folder(shards=2)
+    before = (list_files(source).fingerprint, source.stat().st_mtime_ns, _content(source))
+    _refresh(source, tmp_path / "pin", method)
+    assert (list_files(source).fingerprint, source.stat().st_mtime_ns, _content(source)) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_second_refresh_does_nothing(method: PinMethod, make_folder: Any, tmp_path: Path) -> None:
+    """Only what changed is pinned again."""
+    source, target = make_folder(shards=2), tmp_path / "pin"
+    assert _refresh(source, target, method).linked == 4
+    assert _refresh(source, target, method).linked == 0
+    (source / "config.json").write_text('{"changed": true}')
+    assert _refresh(source, target, method).linked == 1
+    assert json.loads((target / "config.json").read_text()) == {"changed": True}
+
+
+def test_files_that_trainers_rewrite_in_place_are_not_linked(
+    make_folder: Any, tmp_path: Path
+) -> None:
+    """Under hard links weights share their inode, config and markers are copies."""
+    source, target = make_folder(step=1), tmp_path / "pin"
+    _refresh(source, target, PinMethod.HARD_LINK)
+    for name, shared in [("model.safetensors", True), ("config.json", False)]:
+        assert (source / name).samefile(target / name) is shared
+    with (source / "config.json").open("r+") as file:
+        file.write("garbage")
+    assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_file_replaced_by_a_new_one_is_pinned_again(make_folder: Any, tmp_path: Path) -> None:
+    """A rename over a linked file shows as another inode."""
+    source, target = make_folder(), tmp_path / "pin"
+    _refresh(source, target, PinMethod.HARD_LINK)
+    new = source / "new"
+    new.write_bytes((source / "model.safetensors").read_bytes()[:-1] + b"!")
+    new.rename(source / "model.safetensors")
+    _refresh(source, target, PinMethod.HARD_LINK)
+    assert (target / "model.safetensors").read_bytes().endswith(b"!")
+
+
+def test_a_link_that_is_refused_becomes_a_copy_once(
+    make_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one file cannot be linked it is copied, and not copied again at each refresh."""
+    source, target = make_folder(), tmp_path / "pin"
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EXDEV, "other mount")
+
+    monkeypatch.setattr(os, "link", refuse)
+    _refresh(source, target, PinMethod.HARD_LINK)
+    assert _content(target) == _content(source)
+    assert _refresh(source, target, PinMethod.HARD_LINK).linked == 0
+
+
+def test_a_file_rewritten_while_it_is_copied_is_copied_again(
+    make_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy carries the times of before: a rewrite of equal size in between cannot hide."""
+    source, target = make_folder(), tmp_path / "pin"
+    path = source / "config.json"
+    original = path.read_text()
+    copyfileobj = shutil.copyfileobj
+
+    def rewrite(read: Any, write: Any, *rest: Any) -> None:
+        copyfileobj(read, write, *rest)
+        if read.name == str(path) or Path(f"/proc/self/fd/{read.fileno()}").samefile(path):
+            path.write_text(original.replace("llama", "LLAMA"))
+
+    listing = list_files(source)
+    monkeypatch.setattr(shutil, "copyfileobj", rewrite)
+    pin.refresh(source, listing, target, PinMethod.COPY)
+    monkeypatch.undo()
+    assert _refresh(source, target, PinMethod.COPY).linked == 1
+    assert "LLAMA" in (target / "config.json").read_text()
+
+
+def test_files_that_vanish_meanwhile_are_reported(make_folder: Any, tmp_path: Path) -> None:
+    """The rest is pinned all the same, and what was pinned before stays."""
+    source, target = make_folder(shards=2), tmp_path / "pin"
+    listing = list_files(source)
+    (source / "config.json").unlink()
+    report = pin.refresh(source, listing, target, PinMethod.HARD_LINK)
+    assert report.vanished == ("config.json",)
+    assert report.linked == 3
+
+
+def test_a_link_put_in_place_of_a_file_is_not_followed(make_folder: Any, tmp_path: Path) -> None:
+    """Between listing and pinning nobody can smuggle in a file from elsewhere."""
+    source, target = make_folder(), tmp_path / "pin"
+    (tmp_path / "secret").write_text("secret")
+    listing = list_files(source)
+    (source / "config.json").unlink()
+    (source / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(StorageFailed):
+        pin.refresh(source, listing, target, PinMethod.COPY)
+    assert b"secret" not in _content(target).values()
+
+
+def test_links_inside_the_folder_are_pinned_as_files(make_folder: Any, tmp_path: Path) -> None:
+    """A link to a sibling becomes the sibling's content; one that leads elsewhere now does not."""
+    source, target = make_folder(), tmp_path / "pin"
+    (source / "blob").write_text("vocab")
+    (source / "vocab.txt").symlink_to("blob")
+    listing = list_files(source)
+    pin.refresh(source, listing, target, PinMethod.HARD_LINK)
+    assert not (target / "vocab.txt").is_symlink()
+    assert (target / "vocab.txt").read_text() == "vocab"
+
+    (tmp_path / "secret").write_text("secret")
+    (source / "vocab.txt").unlink()
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    report = pin.refresh(source, listing, tmp_path / "other", PinMethod.COPY)
+    assert report.vanished == ("vocab.txt",)
+
+
+def test_what_is_pinned_tells_the_layout(make_folder: Any, tmp_path: Path) -> None:
+    """Markers are pinned, half-written files and optimizer state are not."""
+    assert pin.wanted("trainer_state.json")
+    assert pin.wanted("training_args.bin")
+    assert pin.wanted("model.safetensors")
+    assert pin.wanted("chat_template.jinja")
+    assert not pin.wanted("optimizer.pt")
+    assert not pin.wanted(".tmpAbCdEf")
+    assert not pin.wanted("sub/model.part")
+
+
+def test_prune_removes_what_the_source_no_longer_has(make_folder: Any, tmp_path: Path) -> None:
+    """After a re-save with fewer shards the old ones leave the pin; its origin note stays."""
+    source, target = make_folder(shards=3), tmp_path / "pin"
+    _refresh(source, target, PinMethod.HARD_LINK)
+    pin.write_origin(target, {"source": str(source)})
+    (source / "model-00003-of-00003.safetensors").unlink()
+    pin.prune(target, list_files(source))
+    assert not (target / "model-00003-of-00003.safetensors").exists()
+    assert (target / "model-00002-of-00003.safetensors").exists()
+    assert pin.read_origin(target) == {"source": str(source)}
+
+
+def test_releasing_is_final_and_may_be_repeated(make_folder: Any, tmp_path: Path) -> None:
+    """The source stays, the pin is gone, a second release does nothing."""
+    source, target = make_folder(), tmp_path / "pin"
+    _refresh(source, target, PinMethod.HARD_LINK)
+    before = _content(source)
+    pin.release(target)
+    pin.release(target)
+    assert not target.exists()
+    assert _content(source) == before
+
+
+def test_the_probe_finds_a_method_and_leaves_nothing(tmp_path: Path) -> None:
+    """Its verdict works for a real file, and the probe's own files are gone."""
+    method = pin.probe(tmp_path)
+    assert method in {PinMethod.REFLINK, PinMethod.HARD_LINK}
+    assert not list((tmp_path / pin.FOLDER_NAME).iterdir())
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The probe says which folder, and what to do."""
+    (tmp_path / "root").write_text("a file, not a folder")
+    with pytest.raises(StorageFailed, match="write access"):
+        pin.probe(tmp_path / "root")
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, NoSpace), (errno.EIO, StorageFailed)])
+def test_a_full_or_failing_disk_is_our_error(
+    number: int, error: type[Exception], make_folder: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """The failure carries our class, and no half-made file stays in the pin."""
+    source, target = make_folder(), tmp_path / "deep" / "pin"
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(shutil, "copyfileobj", refuse)
+    with pytest.raises(error):
+        _refresh(source, target, PinMethod.COPY)
+    assert _content(target) == {}
+
+
+def test_an_unreadable_source_is_the_sources_fault(
+    make_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight file of mode 0600 that must be copied is named, with advice, not our storage."""
+    source, target = make_folder(), tmp_path / "pin"
+    real_open = os.open
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("model.safetensors"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointUnsupported, match="0600"):
+        _refresh(source, target, PinMethod.COPY)

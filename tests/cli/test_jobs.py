@@ -1,0 +1,138 @@
+"""`ckptd jobs`: the store as a person sees it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import Call, Start
+
+from ckptd import errors
+from ckptd.jobs.database import Database
+from ckptd.jobs.job import Failure, JobSpec, RetryLimits
+from ckptd.jobs.store import Sighting, Verdict
+
+FAILED_ID = "aa0000000000"
+QUEUED_ID = "bb0000000000"
+
+
+def _spec(job_id: str) -> JobSpec:
+    return JobSpec(
+        job_id=job_id,
+        definition={},
+        pipeline="publish",
+        source_path=f"/runs/demo/{job_id}",
+        pinned_path="/runs/.ckptd/x",
+        layout="hf",
+        run="demo",
+        name=f"ck-{job_id}",
+        step=3,
+        content_digest=f"sha256:{job_id}",
+        pipeline_digest="0" * 64,
+        target=f"acme/{job_id}@main",
+        created_at=time.time(),
+    )
+
+
+@pytest.fixture
+def store(state_path: Path) -> Path:
+    """A state folder with a failed job, a queued job, and a checkpoint that got no job."""
+    path = state_path / "jobs.sqlite3"
+    now = time.time()
+    with Database(path) as database:
+        database.enqueue(_spec(FAILED_ID), now=now)
+        database.acquire(worker="w", lease_s=60, now=now)
+        failure = Failure.of(errors.HubRejected("the card is wrong", hint="mend it"))
+        limits = RetryLimits()
+        database.fail(FAILED_ID, failure, worker="w", limits=limits, jitter=0, now=now)
+        database.enqueue(_spec(QUEUED_ID), now=now)
+        database.note(
+            Sighting(
+                source_path="/runs/demo/half",
+                pipeline="publish",
+                fingerprint_id="f",
+                verdict=Verdict.INCOMPLETE,
+                reason="shard 2 is missing",
+                at=now,
+            )
+        )
+    return path
+
+
+def test_no_database(ckptd: Call) -> None:
+    """Without a database there are no jobs yet, said kindly; asking for one is a usage error."""
+    result = ckptd("jobs", "ls")
+    assert (result.code, result.out) == (0, "")
+    assert "no daemon has run" in result.err
+    assert ckptd("jobs", "ls", "--json").value == {"jobs": []}
+    assert ckptd("jobs", "info", "aa").code == 2
+
+
+@pytest.mark.usefixtures("store")
+def test_ls(ckptd: Call) -> None:
+    """Jobs are listed oldest first, with state, target and why."""
+    lines = ckptd("jobs", "ls").out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [FAILED_ID, "failed"],
+        [QUEUED_ID, "queued"],
+    ]
+    assert "the card is wrong" in lines[1]
+
+
+@pytest.mark.usefixtures("store")
+def test_ls_by_state(ckptd: Call) -> None:
+    """--state filters; a state that does not exist is a usage error that names all."""
+    value = ckptd("jobs", "ls", "--state", "queued", "--json").value
+    assert [job["job_id"] for job in value["jobs"]] == [QUEUED_ID]
+    wrong = ckptd("jobs", "ls", "--state", "dead")
+    assert wrong.code == 2
+    assert "vanished" in wrong.err
+
+
+@pytest.mark.usefixtures("store")
+def test_ls_all(ckptd: Call) -> None:
+    """--all adds checkpoints that got no job, and why."""
+    assert "shard 2 is missing" in ckptd("jobs", "ls", "--all").out
+    value = ckptd("jobs", "ls", "--all", "--json").value
+    assert value["sightings"][0]["verdict"] == "incomplete"
+
+
+@pytest.mark.usefixtures("store")
+def test_info(ckptd: Call) -> None:
+    """A beginning of the id is enough; reason, hint and history are shown."""
+    out = ckptd("jobs", "info", "aa").out
+    assert "the card is wrong" in out
+    assert "mend it" in out
+    assert [line.split()[2] for line in out.splitlines()[-3:]] == ["queued", "running", "failed"]
+    value = ckptd("jobs", "info", "aa", "--json").value
+    assert value["job"]["failure"]["code"] == "HubRejected"
+    assert len(value["history"]) == 3
+
+
+@pytest.mark.usefixtures("store")
+def test_retry_and_cancel(ckptd: Call) -> None:
+    """A failed job can be queued again, a queued one cancelled; what makes no sense is refused."""
+    assert ckptd("jobs", "retry", "aa").out == f"job {FAILED_ID} is queued\n"
+    assert ckptd("jobs", "retry", "aa").code == 2
+    assert ckptd("jobs", "cancel", "bb", "--json").value["state"] == "cancelled"
+    assert ckptd("jobs", "cancel", "bb").code == 2
+    assert ckptd("jobs", "retry", "cc").code == 2
+
+
+def test_looking_writes_nothing(ckptd: Call, store: Path) -> None:
+    """Listing works on a database that this user may only read."""
+    before = store.read_bytes()
+    assert ckptd("jobs", "ls").code == 0
+    assert store.read_bytes() == before
+
+
+@pytest.mark.usefixtures("store")
+def test_reader_goes_away(start: Start) -> None:
+    """`ckptd jobs ls | head -0` ends without a word of complaint."""
+    process = start("jobs", "ls", "--all")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait() == 0

@@ -1,0 +1,65 @@
+"""Shards: divided and named as the Hub's own client does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptd.plan import shards
+from ckptd.plan.shards import Sized
+
+
+def _ours(sizes: list[int], limit: int) -> dict[str, list[str]]:
+    tensors = [Sized(f"t{number}", size, "") for number, size in enumerate(sizes)]
+    groups = shards.by_size(tensors, limit)
+    return dict(zip(shards.file_names(len(groups)), groups, strict=True))
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), limit=st.integers(1, 60))
+def test_the_division_is_the_clients(sizes: list[int], limit: int) -> None:
+    """The same tensors in the same order and limit give the same files as huggingface_hub."""
+    state = {f"t{n}": torch.zeros(size, dtype=torch.uint8) for n, size in enumerate(sizes)}
+    theirs = split_torch_state_dict_into_shards(
+        state, max_shard_size=limit, filename_pattern="model{suffix}.safetensors"
+    )
+    assert _ours(sizes, limit) == theirs.filename_to_tensors
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(0, 40), max_size=30), limit=st.integers(1, 60))
+def test_no_file_is_over_the_limit_but_for_one_tensor(sizes: list[int], limit: int) -> None:
+    """Every tensor is in one file, in order; only a file of a single tensor may be larger."""
+    named = {f"t{number}": size for number, size in enumerate(sizes)}
+    groups = shards.by_size([Sized(n, size, "") for n, size in named.items()], limit)
+    for group in groups:
+        assert len(group) == 1 or sum(named[name] for name in group) <= limit
+        assert group == sorted(group, key=list(named).index)
+    assert sorted(name for group in groups for name in group) == sorted(named)
+
+
+@pytest.mark.parametrize("limit", [1000, 4096, 4097, 10_001, 1_000_000])
+def test_the_names_are_those_of_save_pretrained(limit: int, tmp_path: Path) -> None:
+    """A model saved by transformers and one divided by us have the same files."""
+    config = transformers.LlamaConfig(
+        vocab_size=33, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, max_shard_size=limit)
+    sizes = [tensor.nbytes for tensor in model.state_dict().values()]
+    assert sorted(_ours(sizes, limit)) == sorted(p.name for p in tmp_path.glob("*.safetensors"))
+
+
+def test_without_a_limit_the_sources_division_stays() -> None:
+    """Files that have lost all their tensors are gone, and the rest is numbered anew."""
+    tensors = [Sized("a", 1, "x"), Sized("b", 1, "z"), Sized("c", 1, "z")]
+    assert shards.by_home(tensors) == [["a"], ["b", "c"]]
+    assert shards.file_names(2)[1] == "model-00002-of-00002.safetensors"
+    assert shards.file_names(1) == ["model.safetensors"]
