@@ -12,6 +12,8 @@ import numpy as np
 from ckptd.checkpoint import header, index
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import TensorSpec
+from ckptd.plan import shards
+from ckptd.plan.shards import Sized
 
 SHARD_BYTES = 1_000_000_000
 HIDDEN, INNER, ROWS = 2048, 8192, 32_000
@@ -42,15 +44,12 @@ def moe_specs(count: int) -> list[TensorSpec]:
 def write(folder: Path, specs: list[TensorSpec], *, sparse: bool, shard_bytes: int) -> None:
     """Write a checkpoint of `specs`; sparse files have real headers and no tensor blocks."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards: list[list[TensorSpec]] = [[]]
-    for spec in specs:
-        if shards[-1] and sum(s.nbytes for s in shards[-1]) + spec.nbytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(spec)
+    groups = shards.by_size([Sized(s.name, s.nbytes, "") for s in specs], shard_bytes)
+    by_name = {spec.name: spec for spec in specs}
     pattern = _pattern()
     weight_map = {}
-    for number, group in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    for name, names in zip(shards.file_names(len(groups)), groups, strict=True):
+        group = [by_name[tensor] for tensor in names]
         weight_map |= {spec.name: name for spec in group}
         size = sum(spec.nbytes for spec in group)
         with (folder / name).open("wb") as file:
@@ -61,7 +60,8 @@ def write(folder: Path, specs: list[TensorSpec], *, sparse: bool, shard_bytes: i
                 file.write(pattern[: min(len(pattern), size - start)])
     total = sum(spec.nbytes for spec in specs)
     encoded = index.encode(weight_map, total_size=total, total_parameters=total // 2)
-    (folder / "model.safetensors.index.json").write_bytes(encoded)
+    if len(groups) > 1:
+        (folder / "model.safetensors.index.json").write_bytes(encoded)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -32,7 +32,7 @@ def _modules(*arguments: object) -> set[str]:
     return set(modules)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     """Help and version load neither tensor libraries nor the Hub's client."""
     assert not _modules(*arguments) & set(HEAVY)

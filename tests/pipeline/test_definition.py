@@ -57,6 +57,13 @@ def with_push(lines: str) -> str:
     return f"pipeline: p\nstages: [tie]\npush:\n{lines}\n"
 
 
+def test_the_default_message_names_the_step_or_the_checkpoint() -> None:
+    """Without a message of one's own the commit names the step, or the folder where there is none."""
+    push = definition.Push(repo_id="a/b")
+    assert push.resolved(values()).commit_message == "My run! at step 20"
+    assert push.resolved(values(step=None, name="final")).commit_message == "My run!/final"
+
+
 def test_whole_definition(stages: Stages) -> None:
     """The definition of the design document is read with every unit and option resolved."""
     found = parse(WHOLE, stages)
@@ -72,7 +79,7 @@ def test_defaults_are_the_documented_ones(stages: Stages) -> None:
     found = parse(with_push("  repo_id: acme/m"), stages)
     assert found.push is not None
     assert (found.push.revision, found.push.private, found.push.create_pr) == ("main", None, False)
-    assert found.push.commit_message == "{run} at step {step}"
+    assert found.push.commit_message is None
     assert (found.watch, found.device, found.assets) == ([], "auto", None)
 
 

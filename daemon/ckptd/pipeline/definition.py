@@ -140,8 +140,9 @@ class Push(_Strict):
     """Open a new pull request against main for each checkpoint instead of committing to it."""
     private: bool | None = None
     """Whether a repo that has to be made is private; null leaves it to the owner's default."""
-    commit_message: str = "{run} at step {step}"
-    """First line of the commit, title of the pull request. Takes placeholders."""
+    commit_message: str | None = None
+    """First line of the commit, title of the pull request. Takes placeholders. Default: the run
+    with its step, or with the checkpoint's name where there is no step."""
     commit_description: str | None = None
     """Text below the first line; ckptd adds a line with the push id. Takes placeholders."""
     tags: list[str] = []
@@ -202,6 +203,9 @@ class Push(_Strict):
                 one that the Hub or git would refuse.
         """
         data = self.model_dump()
+        if self.commit_message is None:
+            by_step, by_name = "{run} at step {step}", "{run}/{name}"
+            data["commit_message"] = by_name if values.step is None else by_step
         for field in ("repo_id", "revision", "commit_message", "commit_description", "git_tag"):
             if data[field] is not None:
                 data[field] = placeholders.resolve(

@@ -2,10 +2,13 @@
 
 A fixed part for the interpreter and what is imported, a part for the headers (plans of 60,000
 tensors are not free), and the buffers in flight, which the byte budget bounds. The model's size is
-not in it. The fixed parts were measured on Linux, CPython 3.11 to 3.13, and rounded up.
+not in it. The fixed parts were measured on Linux with CPython 3.11 and rounded up.
 """
 
 from __future__ import annotations
+
+import importlib.util
+import os
 
 from ckptd.plan import blocks, buffers, transfer
 from ckptd.plan.plan import Computed, Plan
@@ -14,23 +17,33 @@ INTERPRETER_BYTES = 75_000_000
 """Python with ckptd, before a checkpoint is opened."""
 TORCH_BYTES = 260_000_000
 """torch on the CPU, imported and used once; a CUDA context takes more, outside of this."""
-HUB_BYTES = 60_000_000
+HUB_BYTES = 30_000_000
 """The Hub's client, connected."""
-TENSOR_BYTES = 4_000
+XET_BYTES = 650_000_000
+"""hf_xet while it sends new content: its own buffers, which ckptd's budget does not reach."""
+TENSOR_BYTES = 2_000
 """Headers, draft, plan and index, for each tensor."""
 
 
 def planned_peak_bytes(plan: Plan, *, byte_budget: int, num_threads: int, push: bool) -> int:
-    """Return the resident memory that executing `plan` will take at most, in bytes."""
+    """Return the resident memory that executing `plan` will take at most, in bytes.
+
+    Where it is pushed, Xet is counted in unless it is switched off or not installed.
+    """
     num_tensors = sum(len(shard.tensors) for shard in plan.shards)
     total = INTERPRETER_BYTES + num_tensors * TENSOR_BYTES
     total += num_threads * transfer.BUFFER_BYTES
     if push:
-        total += HUB_BYTES
+        total += HUB_BYTES + (XET_BYTES if _has_xet() else 0)
     if plan.needs_torch:
         in_flight = _in_flight_bytes(plan, byte_budget)
         total += TORCH_BYTES + in_flight + min(in_flight, buffers.MAX_IDLE_BYTES)
     return total
+
+
+def _has_xet() -> bool:
+    disabled = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return not disabled and importlib.util.find_spec("hf_xet") is not None
 
 
 def _in_flight_bytes(plan: Plan, byte_budget: int) -> int:

@@ -37,7 +37,7 @@ class HubPush:
                 revision=push.revision,
                 create_pr=push.create_pr,
                 private=push.private,
-                commit_message=push.commit_message,
+                commit_message=push.commit_message or push.repo_id,
                 commit_description=push.commit_description,
                 card_tags=tuple(push.tags),
                 git_tag=push.git_tag,

@@ -128,7 +128,7 @@ def _std(draft: Draft) -> float:
     """The standard deviation the model's own initialisation uses."""
     path = configuration.text_path(draft.config)
     for prefix in dict.fromkeys((f"{path}." if path else "", "")):
-        for key in ("initializer_range", "init_std"):
+        for key in ("initializer_range", "init_std", "initializer_factor"):
             value = configuration.get(draft.config, f"{prefix}{key}")
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return float(value)
