@@ -137,10 +137,16 @@ def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
 def one_row(row: str, source: Path, out: Path) -> None:
     """Do one row in this process and print the result as JSON."""
     value = run_plan(source) if row == "plan" else ROWS[row](source, out)
-    who = resource.RUSAGE_CHILDREN if row == "cp" else resource.RUSAGE_SELF
-    usage = resource.getrusage(who)
-    value |= {"rss_mb": usage.ru_maxrss / 1024, "cpu_s": usage.ru_utime + usage.ru_stime}
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN if row == "cp" else resource.RUSAGE_SELF)
+    value |= {"rss_mb": _peak_mb(), "cpu_s": usage.ru_utime + usage.ru_stime}
     print(json.dumps(value))
+
+
+def _peak_mb() -> float:
+    """Peak memory of this program; getrusage would count its parent before exec, too."""
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def table(source: Path, out: Path, rows: list[str], repeat: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Call
+from tests.cli.conftest import Call, Start
 
 from ckptd.service.board import STATUS_NAME
 from ckptd.telemetry.status import (
@@ -135,3 +137,14 @@ def test_foreign_file(ckptd: Call, state_path: Path) -> None:
     state_path.mkdir(parents=True)
     (state_path / STATUS_NAME).write_text("{")
     assert ckptd("status", "--json").value["problem"].startswith("its status cannot be read")
+
+
+def test_watch(start: Start, state_path: Path) -> None:
+    """--watch says it again when something changed, and only then, until Ctrl-C."""
+    watch = start("status", "--watch", "--json")
+    assert watch.stdout is not None
+    assert json.loads(watch.stdout.readline())["running"] is False
+    _write(state_path, pid=os.getpid())
+    assert json.loads(watch.stdout.readline())["running"] is True
+    watch.send_signal(signal.SIGINT)
+    assert watch.wait(timeout=30) == 130

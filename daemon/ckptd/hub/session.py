@@ -12,13 +12,15 @@ library reads its environment while it is imported, so these are its attributes,
 - Progress. Bytes handed to the socket by an upload (LFS) are counted into the `Meter` of the thread
   that runs it; for Xet its own reports are. They count as sent, not as confirmed.
 - Xet. hf_xet is used when installed; `disable_xet` sends this process' uploads over LFS. hf_xet
-  reads its settings from HF_XET_* when its first session begins; ckptd leaves the defaults. On
-  fast links with few cores HF_XET_XORB_COMPRESSION_POLICY=none doubles its speed.
+  reads its settings from HF_XET_* when its first session begins; those in `XET_DEFAULTS` bound its
+  memory, and the environment wins over them. On fast links with few cores
+  HF_XET_XORB_COMPRESSION_POLICY=none doubles its speed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
@@ -32,6 +34,13 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 
 from ckptd.hub import translate
 
+XET_DEFAULTS = {
+    "HF_XET_DATA_MAX_CONCURRENT_FILE_INGESTION": "1",
+    "HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY": "1",
+    "HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY": "2",
+}
+"""Measured on 750 MB of bfloat16 over loopback, two cores: 300 MB of memory in place of 540 MB with
+hf_xet's own values, and no slower. Long fat links want more uploads at once."""
 LONGEST_INNER_WAIT_S = 10.0
 """A storage answer that asks for more than this is handed to ckptd's own backoff."""
 
@@ -69,6 +78,8 @@ def configure(timeouts: Timeouts | None = None) -> None:
 
     Other timeouts close the connections that are open, so set them before the first call.
     """
+    for name, value in XET_DEFAULTS.items():
+        os.environ.setdefault(name, value)
     limits = timeouts if timeouts is not None else Timeouts()
     if _Session.limits != limits:
         _Session.limits = limits

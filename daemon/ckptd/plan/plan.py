@@ -213,20 +213,32 @@ def _segments_of(tensor: str, value: Expression, offset: int) -> Iterator[Segmen
 
 def _merge(parts: list[Segment]) -> list[Segment]:
     merged: list[Segment] = []
+    first: Run | None = None
+    nbytes = 0
     for part in parts:
-        last = merged[-1] if merged else None
         if (
             isinstance(part, Run)
-            and isinstance(last, Run)
-            and last.source.path == part.source.path
-            and last.source.offset + last.nbytes == part.source.offset
-            and last.offset + last.nbytes == part.offset
+            and first is not None
+            and first.source.offset + nbytes == part.source.offset
+            and first.offset + nbytes == part.offset
+            and first.source.path == part.source.path
         ):
-            joined = Extent(part.source.path, last.source.offset, last.nbytes + part.source.nbytes)
-            merged[-1] = Run(joined, last.offset)
+            nbytes += part.nbytes
+            continue
+        if first is not None:
+            merged.append(_longer(first, nbytes))
+        if isinstance(part, Run):
+            first, nbytes = part, part.nbytes
         else:
+            first = None
             merged.append(part)
+    if first is not None:
+        merged.append(_longer(first, nbytes))
     return merged
+
+
+def _longer(run: Run, nbytes: int) -> Run:
+    return Run(Extent(run.source.path, run.source.offset, nbytes), run.offset)
 
 
 def _moved(part: Segment, by: int) -> Segment:

@@ -19,7 +19,7 @@ TORCH_BYTES = 260_000_000
 """torch on the CPU, imported and used once; a CUDA context takes more, outside of this."""
 HUB_BYTES = 30_000_000
 """The Hub's client, connected."""
-XET_BYTES = 650_000_000
+XET_BYTES = 350_000_000
 """hf_xet while it sends new content: its own buffers, which ckptd's budget does not reach."""
 TENSOR_BYTES = 2_000
 """Headers, draft, plan and index, for each tensor."""
