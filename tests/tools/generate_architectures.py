@@ -63,8 +63,12 @@ SHARED_SIZES = {
     "gemma4_text": ["vocab_size", "vocab_size_per_layer_input"],
     "ovis2": ["text_config.vocab_size", "vocab_size"],
     "t5gemma": ["encoder.vocab_size", "decoder.vocab_size"],
+    "t5gemma2": ["encoder.text_config.vocab_size", "decoder.vocab_size", "vocab_size"],
+    "canary": ["vocab_size", "decoder_config.vocab_size"],
 }
 """Keys that hold the size of one and the same vocabulary, by model_type."""
+MOVED_TOGETHER = ("canary", "t5gemma2")
+"""Types that refuse to be built while those sizes differ."""
 VARIANTS: dict[str, tuple[str, Any]] = {
     "marian": ("share_encoder_decoder_embeddings", False),
     "deberta": ("legacy", False),
@@ -356,6 +360,8 @@ class Derivation:
         self.odd: list[str] = []
         self._mapping: list[Any] = []
         self._build()
+        kind = cls.config_class.model_type
+        self.together = SHARED_SIZES[kind] if kind in MOVED_TOGETHER else []
         self._place_vocabulary()
         self.paths = sub_configs(self.model.config)
 
@@ -383,7 +389,8 @@ class Derivation:
         """Give every vocabulary its own size, so that no other dimension equals it."""
         file = self.file
         for offset, key in enumerate(vocabulary_keys(file)):
-            file = with_value(file, key, VOCABULARY + 211 * offset)
+            size = VOCABULARY if key in self.together else VOCABULARY + 211 * (offset + 1)
+            file = with_value(file, key, size)
         for key in self._flag_keys(file):  # untied, so that every matrix shows its own size
             file = with_value(file, key, False)
         try:
@@ -411,8 +418,13 @@ class Derivation:
         for key in vocabulary_keys(self.sized):
             path, _, leaf = key.rpartition(".")
             size = get(self.sized, path)[leaf]
+            if key in self.together[1:]:
+                continue
+            file = self.sized
+            for other in self.together if key in self.together else [key]:
+                file = with_value(file, other, size + STEP)
             try:
-                after = shapes(build(self.cls, with_value(self.sized, key, size + STEP)))
+                after = shapes(build(self.cls, file))
             except Exception:
                 continue
             for name, axis, rows, rows_after in moved(before, after):

@@ -24,6 +24,7 @@ from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself; a longer header is an attack or an accident."""
 _LENGTH_BYTES = 8
+_ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
 _LIMIT = 1 << 63
 """Sizes and offsets are below this: no file is larger, and what is larger is an attack."""
 
@@ -226,9 +227,10 @@ def _load_object(raw: bytes, path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CheckpointCorrupt("header is not a JSON object", path=path)
-    for name in value:
-        if not _is_text(name):
-            raise CheckpointCorrupt("its name is not valid Unicode", path=path, tensor=name)
+    if b"\\u" in raw:
+        for name in value:
+            if not _is_text(name):
+                raise CheckpointCorrupt("its name is not valid Unicode", path=path, tensor=name)
     return value
 
 
@@ -242,53 +244,57 @@ def _is_text(name: str) -> bool:
 
 
 def _stored(name: str, entry: Any, path: Path, data_offset: int) -> StoredTensor:
-    def refuse(what: str, **sides: str) -> NoReturn:
-        raise CheckpointCorrupt(what, path=path, tensor=name, **sides)
-
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        refuse("its entry must have exactly dtype, shape and data_offsets")
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise _wrong(path, name, "its entry must have exactly dtype, shape and data_offsets")
     try:
         dtype = Dtype(entry["dtype"])
     except ValueError:
-        refuse("unknown dtype", found=repr(entry["dtype"]))
+        raise _wrong(path, name, "unknown dtype", found=repr(entry["dtype"])[:80]) from None
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
-        refuse("shape must be a list of whole numbers", found=repr(shape)[:80])
-    if not _fits(shape):
-        refuse("shape has more elements than any file", found=repr(shape)[:80])
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(_is_size(n) for n in offsets)
-        or offsets[1] < offsets[0]
-    ):
-        refuse("data_offsets must be a begin and an end", found=repr(offsets)[:80])
+    if not _are_sizes(shape):
+        what = "shape must be a list of whole numbers"
+        raise _wrong(path, name, what, found=repr(shape)[:80])
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        what = "data_offsets must be a begin and an end"
+        raise _wrong(path, name, what, found=repr(offsets)[:80])
+    numel = _product(shape)
+    if numel is None:
+        what = "shape has more elements than any file"
+        raise _wrong(path, name, what, found=repr(shape)[:80])
+    if numel * dtype.bits % 8:
+        what = f"{dtype} elements do not fill whole bytes"
+        raise _wrong(path, name, what, found=f"shape {shape}")
+    nbytes = numel * dtype.bits // 8
     begin, end = offsets
+    if end - begin != nbytes:
+        what = "size and shape disagree"
+        expected = f"{nbytes} bytes for {dtype} {shape}"
+        raise _wrong(path, name, what, expected=expected, found=f"{end - begin}")
     spec = TensorSpec(name, dtype, tuple(shape))
-    total_bits = spec.numel * dtype.bits
-    if total_bits % 8:
-        refuse(f"{dtype} elements do not fill whole bytes", found=f"shape {shape}")
-    if end - begin != total_bits // 8:
-        refuse(
-            "size and shape disagree",
-            expected=f"{total_bits // 8} bytes for {dtype} {shape}",
-            found=f"{end - begin}",
-        )
-    return StoredTensor(spec, Extent(path, data_offset + begin, end - begin))
+    return StoredTensor(spec, Extent(path, data_offset + begin, nbytes))
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _LIMIT
+def _wrong(path: Path, tensor: str, what: str, **sides: str) -> CheckpointCorrupt:
+    return CheckpointCorrupt(what, path=path, tensor=tensor, **sides)
 
 
-def _fits(shape: list[int]) -> bool:
-    """Whether the product stays in range at each step, as the safetensors library demands."""
+def _are_sizes(values: Any) -> bool:
+    if not isinstance(values, list):
+        return False
+    for value in values:  # noqa: SIM110 - a plain loop, because this runs for every tensor
+        if type(value) is not int or not 0 <= value < _LIMIT:
+            return False
+    return True
+
+
+def _product(shape: list[int]) -> int | None:
+    """The elements, or None where a step overflows, as the safetensors library demands."""
     product = 1
     for length in shape:
         product *= length
         if product >= _LIMIT:
-            return False
-    return True
+            return None
+    return product
 
 
 def _check_coverage(

@@ -150,7 +150,7 @@ def _from_status(exc: HfHubHTTPError, what: str, repo_id: str | None) -> errors.
 def _kind(status: int, *, stored: bool) -> tuple[type[errors.HubError], str]:
     """Return the class of an error status, and what to do next."""
     if status in TRANSIENT or status >= 500:
-        return errors.HubUnavailable, "temporary: it is tried again"
+        return errors.HubUnavailable, "temporary: run it again later (the daemon does so by itself)"
     if stored and status in (401, 403, 404, 410):
         return errors.HubUnavailable, "the upload link has expired; a new try gets a fresh one"
     if stored:
@@ -167,7 +167,10 @@ def _kind(status: int, *, stored: bool) -> tuple[type[errors.HubError], str]:
             "check repo_id and revision, and that this token may see the repo",
         )
     if status in (409, 412):
-        return errors.HubConflict, "somebody else changed it meanwhile; it is tried again"
+        return (
+            errors.HubConflict,
+            "somebody else changed it meanwhile: run it again (the daemon does so by itself)",
+        )
     if status == 402:
         return errors.HubRejected, "the account's plan or quota does not allow it"
     return errors.HubRejected, "the Hub will not take this as it is"
@@ -184,7 +187,7 @@ def _unreachable(exc: BaseException, what: str, repo_id: str | None) -> errors.H
     return errors.HubUnavailable(
         f"{what}: no answer ({name}: {said})" if said != name else f"{what}: no answer ({name})",
         repo_id=repo_id,
-        hint="check the network and HF_ENDPOINT; it is tried again",
+        hint="check the network and HF_ENDPOINT, then run it again (the daemon does so by itself)",
     )
 
 

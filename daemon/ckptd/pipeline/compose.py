@@ -16,6 +16,7 @@ from ckptd.pipeline import devices, registry
 from ckptd.pipeline.definition import StageCall
 from ckptd.pipeline.stage import StageContext
 from ckptd.plan import draft, plan
+from ckptd.plan.draft import Draft
 from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load
 from ckptd.plan.plan import Plan
 
@@ -27,35 +28,45 @@ def from_headers(source: Checkpoint, stages: Sequence[StageCall]) -> Plan:
         StageRefused: a stage cannot do what its options ask on this checkpoint.
         CheckFailed: a check of the definition does not hold.
     """
-    return _compose(source, stages, lambda left, right: None)
+    return plan.make(_compose(source, stages, lambda left, right: None))
 
 
 def decided(
     source: Checkpoint, stages: Sequence[StageCall], *, check: Callable[[], None] = lambda: None
 ) -> Plan:
-    """Return the final plan; reads the tensors whose contents must be compared.
+    """Return the final plan: the first pass, and the second one where a stage must compare.
 
-    `check` is called while comparing and may raise to stop.
+    What headers can show is raised before a tensor byte is read. `check` is called while comparing
+    and may raise to stop.
 
     Raises:
         StageRefused, CheckFailed: as `from_headers`.
         CheckpointCorrupt: a source file ended early.
     """
-    return _compose(source, stages, lambda left, right: _same(left, right, check))
+    asked = []
+
+    def ask(left: Expression, right: Expression) -> bool | None:
+        asked.append((left, right))
+        return None
+
+    composed = _compose(source, stages, ask)
+    if asked:
+        composed = _compose(source, stages, lambda left, right: _same(left, right, check))
+    return plan.make(composed)
 
 
 def _compose(
     source: Checkpoint,
     stages: Sequence[StageCall],
     same_content: Callable[[Expression, Expression], bool | None],
-) -> Plan:
+) -> Draft:
     context = StageContext(
         source_path=source.path, same_content=same_content, device_bytes=devices.memory_bytes
     )
     current = draft.from_checkpoint(source)
     for call in stages:
         current = registry.STAGES[call.name].plan(current, call.options, context)
-    return plan.make(current)
+    return current
 
 
 def _same(left: Expression, right: Expression, check: Callable[[], None]) -> bool:

@@ -93,7 +93,9 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     tally = Tally(report)
     tally.enter(Phase.PLANNING)
     source = await to_thread.run_sync(lambda: open_source(work))
-    plan = await to_thread.run_sync(lambda: _plan(source, work.definition))
+    plan = await to_thread.run_sync(
+        lambda: compose.decided(source, work.definition.stages, check=from_thread.check_cancelled)
+    )
     tally.planned(plan)
     push = None if plan.hold_push is not None else await _push(work, source, tally)
     if push is not None:
@@ -191,12 +193,6 @@ async def _produce(
                 for file in small:
                     uploads.start_soon(push.upload, file)
     return (*(output.of_shard(shard) for shard in shards), *small), len(finished)
-
-
-def _plan(source: Checkpoint, wanted: Definition) -> Plan:
-    """Plan from headers first, so that what they show fails before a tensor byte is read."""
-    compose.from_headers(source, wanted.stages)
-    return compose.decided(source, wanted.stages, check=from_thread.check_cancelled)
 
 
 async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:

@@ -20,6 +20,8 @@ from ckptd.plan import expression
 from ckptd.plan.draft import Draft, StageReport
 
 _CONFIG_KEYS = ("dtype", "torch_dtype")
+_QUANTIZED_BITS = 8
+"""Floats of this width or less are somebody's quantized weights, whatever config.json says."""
 _DEQUANTIZE = "dequantize it first; a cast would break its scales"
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -110,7 +112,7 @@ def _refuse_quantized(draft: Draft, context: StageContext) -> None:
                 hint=_DEQUANTIZE,
             )
     for name, value in draft.tensors.items():
-        if str(value.dtype).startswith(("F8", "F6", "F4")):
+        if value.dtype.startswith("F") and value.dtype.bits <= _QUANTIZED_BITS:
             raise StageRefused(
                 f"is {value.dtype}, quantized",
                 stage="cast",
