@@ -25,7 +25,9 @@ def source(tmp_path):
         path.mkdir()
         table = np.arange(400, dtype=np.float32).reshape(40, 10)
         tensors = {EMBEDDING: table, HEAD: table if equal else table + 1}
-        save_file(tensors | {"model.norm.weight": np.ones(10, np.float32)}, path / "model.safetensors")
+        save_file(
+            tensors | {"model.norm.weight": np.ones(10, np.float32)}, path / "model.safetensors"
+        )
         flag = {} if tied is None else {"tie_word_embeddings": tied}
         (path / "config.json").write_text(json.dumps(CONFIG | flag))
         return checkpoint.open_checkpoint(path)

@@ -10,11 +10,6 @@ import stat
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-
-from ckptd import errors
-from ckptd.checkpoint import listing
-from ckptd.jobs import progress
-from ckptd.jobs.job import State
 from tests.runner.conftest import (
     CONFIG,
     SIDE_FILES,
@@ -23,6 +18,11 @@ from tests.runner.conftest import (
     tensors,
     weights,
 )
+
+from ckptd import errors
+from ckptd.checkpoint import listing
+from ckptd.jobs import progress
+from ckptd.jobs.job import State
 
 NUM_SHARDS = 10
 COMPUTED = "- resize: {to: 80}\n- cast: {dtype: bfloat16}\n- reshard: {max_shard_size: 3KB}"
@@ -144,7 +144,7 @@ def test_a_file_that_was_changed_since_is_made_again(bench) -> None:
     """A finished file that is not what the ledger says does not count."""
     bench.fail_after(4)
     out = bench.staging / "out"
-    victim = sorted(out.glob("[!.]*.safetensors"))[0]
+    victim = min(out.glob("[!.]*.safetensors"))
     raw = bytearray(victim.read_bytes())
     raw[-1] ^= 1
     victim.write_bytes(raw)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.runner.conftest import SHARDED
 
 from ckptd import errors
 from ckptd.checkpoint import checkpoint
 from ckptd.pipeline import compose
 from ckptd.plan.stream import FinishedShard
 from ckptd.runner.staging import Staging
-from tests.runner.conftest import SHARDED
 
 
 @pytest.fixture
@@ -52,18 +52,43 @@ def test_a_hash_survives_the_ledger(staging, plan) -> None:
     """What was hashed once is not hashed again."""
     shard = plan.shards[2]
     path = staging.out_path / shard.name
-    staging.record(
-        FinishedShard(name=shard.name, path=path, nbytes=shard.nbytes, sha256="ab" * 32)
-    )
+    staging.record(FinishedShard(name=shard.name, path=path, nbytes=shard.nbytes, sha256="ab" * 32))
     assert [f.sha256 for f in staging.resume(plan, hashed=True).values()] == ["ab" * 32]
 
 
-@pytest.mark.parametrize("tail", [b'{"shard": "model-000', b"\x00\x00\x00\xff", b"[1, 2]\n", b"7\n"])
+@pytest.mark.parametrize(
+    "tail", [b'{"shard": "model-000', b"\x00\x00\x00\xff", b"[1, 2]\n", b"7\n"]
+)
 def test_a_torn_last_line_costs_no_more_than_its_file(tail, staging, plan) -> None:
     """Whatever the crash left at the end of the ledger, the lines before it count."""
     ledger = staging.work_path / "ledger.jsonl"
     ledger.write_bytes(ledger.read_bytes() + tail)
     assert len(staging.resume(plan, hashed=False)) == len(plan.shards)
+
+
+def test_what_is_noted_behind_a_torn_line_counts(staging, plan) -> None:
+    """The attempt after a crash notes its files so that the one after that finds them."""
+    ledger = staging.work_path / "ledger.jsonl"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    found = staging.resume(plan, hashed=False)
+    (missing,) = (shard for shard in plan.shards if shard.name not in found)
+    staging.record(
+        FinishedShard(
+            name=missing.name,
+            path=_copy_of(staging, missing),
+            nbytes=missing.nbytes,
+            sha256=None,
+        )
+    )
+    assert len(staging.resume(plan, hashed=False)) == len(plan.shards)
+
+
+def _copy_of(staging, shard):
+    """Make a file that has the header of `shard`; the rest of it is not looked at."""
+    path = staging.out_path / shard.name
+    path.write_bytes(shard.head + bytes(shard.nbytes - len(shard.head)))
+    return path
 
 
 @pytest.mark.parametrize("content", [b"", b"not json\n", b"[]\n", b'{"plan": "sha256:00"}\n'])

@@ -389,7 +389,7 @@ class Derivation:
         """Give every vocabulary its own size, so that no other dimension equals it."""
         file = self.file
         for offset, key in enumerate(vocabulary_keys(file)):
-            size = VOCABULARY if key in self.together else VOCABULARY + 211 * (offset + 1)
+            size = VOCABULARY if key in self.together else VOCABULARY + 211 * offset
             file = with_value(file, key, size)
         for key in self._flag_keys(file):  # untied, so that every matrix shows its own size
             file = with_value(file, key, False)

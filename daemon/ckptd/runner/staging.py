@@ -45,10 +45,11 @@ class Staging:
             writer.write_file(self._ledger_path, _line({"plan": plan.digest}))
             return {}
         by_name = {line["shard"]: line for line in lines if "shard" in line}
-        finished = {}
+        kept, finished = [lines[0]], {}
         for shard in plan.shards:
             line = by_name.get(shard.name)
-            if line is not None and (line["sha256"] or not hashed) and self._holds(shard, line):
+            if line is not None and self._holds(shard, line) and (line["sha256"] or not hashed):
+                kept.append(line)
                 finished[shard.name] = FinishedShard(
                     name=shard.name,
                     path=self.out_path / shard.name,
@@ -56,6 +57,8 @@ class Staging:
                     sha256=line["sha256"],
                 )
         self._clear(keep=finished)
+        # Written anew: a line appended behind a torn one would be lost with it.
+        writer.write_file(self._ledger_path, b"".join(map(_line, kept)))
         return finished
 
     def record(self, shard: FinishedShard) -> None:
@@ -98,16 +101,20 @@ class Staging:
             raise writer.translated(error, self.out_path, 0) from error
 
     def _read_ledger(self) -> list[dict[str, Any]]:
+        """Return the lines up to the first that is torn."""
         try:
-            raw = self._ledger_path.read_text().splitlines()
+            raw = self._ledger_path.read_bytes().splitlines()
         except OSError:
             return []
         lines = []
         for text in raw:
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 break
+            if not isinstance(line, dict):
+                break
+            lines.append(line)
         return lines
 
     def _holds(self, shard: ShardPlan, line: Mapping[str, Any]) -> bool:
@@ -117,7 +124,7 @@ class Staging:
             same = FileStamp(
                 ino=line["ino"], nbytes=shard.nbytes, mtime_ns=line["mtime_ns"]
             ) == FileStamp.of(stat)
-            if not same:
+            if not same or "sha256" not in line:
                 return False
             found = header.read(path)
         except (OSError, CkptdError, KeyError):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.pipeline.stages.conftest import config_of, planned, run, weights_of
 
 from ckptd import errors
-from tests.pipeline.stages.conftest import config_of, planned, run, weights_of
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -74,7 +74,9 @@ def test_a_cast_to_the_same_dtype_changes_no_byte(family, tmp_path) -> None:
     source = family("llama").path
     run(source, "- cast: {dtype: float32}", tmp_path / "out")
     for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "out" / name).read_bytes()[-4000:] == (source / name).read_bytes()[-4000:]
+        assert (tmp_path / "out" / name).read_bytes()[-4000:] == (source / name).read_bytes()[
+            -4000:
+        ]
 
 
 def test_a_pattern_that_matches_nothing_is_refused(family) -> None:

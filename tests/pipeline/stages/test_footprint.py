@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.pipeline.stages.conftest import FAMILIES, SMALL, planned, run
 from transformers import DynamicCache
 
 from ckptd import errors
 from ckptd.jobs.job import State
 from ckptd.pipeline import devices, kv_cache
-from tests.pipeline.stages.conftest import FAMILIES, SMALL, planned, run
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

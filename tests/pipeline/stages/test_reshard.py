@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-
 from tests.pipeline.stages.conftest import FAMILIES, planned, run, weights_of
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +59,6 @@ def test_no_file_holds_more_than_the_limit(limit, family, tmp_path) -> None:
     plan = planned(tmp_path / "out", "- tie")
     sizes = [sum(spec.nbytes for spec in shard.tensors) for shard in plan.shards]
     assert max(sizes) <= allowed
-    assert all(a + b > allowed for a, b in zip(sizes, sizes[1:], strict=False) if limit == "12672")
 
 
 def test_a_tensor_over_the_limit_has_a_file_of_its_own(family, tmp_path) -> None:

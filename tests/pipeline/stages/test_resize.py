@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from tests.pipeline.stages.conftest import FAMILIES, ROWS, config_of, run, weights_of
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ckptd import errors
 from ckptd.models import configuration
-from tests.pipeline.stages.conftest import FAMILIES, ROWS, config_of, run, weights_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NEW_ROWS = 112

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from tests.pipeline.stages.conftest import FAMILIES, config_of, planned, run, weights_of
 
 from ckptd import errors
-from tests.pipeline.stages.conftest import FAMILIES, config_of, planned, run, weights_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLAG = "tie_word_embeddings"
@@ -43,7 +43,10 @@ SOURCES = {
     "t5": "shared.weight",
     "whisper": "model.decoder.embed_tokens.weight",
 }
-BIASES = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
+BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}
 """A tied bias and where its content is kept."""
 
 
@@ -183,9 +186,7 @@ def test_the_config_alone_decides_nothing(value, family, tmp_path) -> None:
     assert config_of(tmp_path / "tied")[FLAG] is True
     assert torch.equal(weights_of(tmp_path / "kept")[HEAD], saved.weights[HEAD])
     assert not config_of(tmp_path / "kept")[FLAG]
-    assert torch.equal(
-        saved.logits(saved.load(tmp_path / "kept")), saved.logits(saved.model)
-    )
+    assert torch.equal(saved.logits(saved.load(tmp_path / "kept")), saved.logits(saved.model))
 
 
 def test_one_bit_is_a_difference(family, tmp_path) -> None:
