@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.cli.conftest import Call, Start, lines_until
 
 from ckptd.hub.local import server
+from tests.cli.conftest import Call, Start, lines_until
 
 
 @pytest.fixture(params=["text", "json"])

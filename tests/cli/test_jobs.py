@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Call, Start
 
 from ckptd import errors
 from ckptd.jobs.database import Database
 from ckptd.jobs.job import Failure, JobSpec, RetryLimits
 from ckptd.jobs.store import Sighting, Verdict
+from tests.cli.conftest import Call, Start
 
 FAILED_ID = "aa0000000000"
 QUEUED_ID = "bb0000000000"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import COMMAND
 
 from ckptd.cli.output import Output, plain
+from tests.cli.conftest import COMMAND
 
 
 class Colour(enum.Enum):

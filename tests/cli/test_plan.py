@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Call
 
 from ckptd.checkpoint import content
+from tests.cli.conftest import Call
 
 
 def test_text(ckptd: Call, checkpoint: Path, definition: Path) -> None:

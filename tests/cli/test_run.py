@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
-from tests.cli.conftest import Call, Make
 
 from ckptd import errors
 from ckptd.hub.local import server
 from ckptd.runner import output as runner_output
+from tests.cli.conftest import Call, Make
 
 RUN_1KB = ("--set", "reshard.max_shard_size=1KB")
 

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
 from tests.cli.conftest import Call, Start, lines_until
 
 SETTINGS = ("--pipelines-dir", "pipelines.d", "--state-dir", "state")

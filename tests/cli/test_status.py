@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import Call, Start
 
 from ckptd.service.board import STATUS_NAME
 from ckptd.telemetry.status import (
@@ -23,6 +22,7 @@ from ckptd.telemetry.status import (
     Phase,
     WatchStatus,
 )
+from tests.cli.conftest import Call, Start
 
 DEAD_PID = 2**22 + 1
 """Larger than any process id of Linux."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.cli.conftest import Call
-
 from ckptd.pipeline import shipped
+from tests.cli.conftest import Call
 
 
 def test_shipped_definitions_are_valid(ckptd: Call) -> None:

@@ -116,7 +116,7 @@ def test_killed_at_any_moment_it_ends_in_exactly_one_commit(
                 else:
                     for pid in node.runner_pids():
                         os.kill(pid, signal.SIGKILL)
-        return None
+        return
 
     node.hub.faults = faults
     tensors = write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
@@ -154,7 +154,7 @@ def test_sigterm_gives_the_job_back_and_the_next_start_finishes_it(node: Deploym
             stopped.append(1)
             assert node.process is not None
             node.process.send_signal(signal.SIGTERM)
-        return None
+        return
 
     node.hub.faults = stall
     write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
@@ -222,8 +222,7 @@ def test_an_incomplete_checkpoint_waits_and_a_broken_one_is_refused(node: Deploy
         return {Path(s.source_path).name: s.verdict for s in node.sightings()}
 
     node.wait_for(
-        lambda: verdicts()
-        == {"checkpoint-1": Verdict.INCOMPLETE, "checkpoint-2": Verdict.REFUSED}
+        lambda: verdicts() == {"checkpoint-1": Verdict.INCOMPLETE, "checkpoint-2": Verdict.REFUSED}
     )
     reasons = {Path(s.source_path).name: s.reason or "" for s in node.sightings()}
     assert "trainer_state.json" in reasons["checkpoint-1"]
@@ -252,9 +251,7 @@ def test_a_bad_token_waits_for_a_person_and_publishes_nothing(node: Deployment) 
     node.define()
     node.start(HF_TOKEN="hf_nobody")
     write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
-    (job,) = node.wait_for(
-        lambda: [job for job in node.jobs() if job.state is State.WAITING]
-    )
+    (job,) = node.wait_for(lambda: [job for job in node.jobs() if job.state is State.WAITING])
     assert "token" in (job.reason or "")
     assert "hf_nobody" not in node.log_path.read_text()
     node.stop()

@@ -10,6 +10,11 @@ import stat
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+from ckptd import errors
+from ckptd.checkpoint import listing
+from ckptd.jobs import progress
+from ckptd.jobs.job import State
 from tests.runner.conftest import (
     CONFIG,
     SIDE_FILES,
@@ -18,11 +23,6 @@ from tests.runner.conftest import (
     tensors,
     weights,
 )
-
-from ckptd import errors
-from ckptd.checkpoint import listing
-from ckptd.jobs import progress
-from ckptd.jobs.job import State
 
 NUM_SHARDS = 10
 COMPUTED = "- resize: {to: 80}\n- cast: {dtype: bfloat16}\n- reshard: {max_shard_size: 3KB}"
@@ -187,12 +187,14 @@ def test_weights_that_are_written_anew_meanwhile_void_the_job(stages, bench) -> 
     assert not bench.out.exists()
 
 
-def test_a_side_file_that_goes_meanwhile_voids_the_job(bench) -> None:
-    """A tokenizer that vanished between planning and writing is a changed source."""
+@pytest.mark.parametrize("text", [None, "# Another card, and longer\n"])
+def test_a_side_file_that_changes_meanwhile_voids_the_job(text, bench) -> None:
+    """A card that vanished or grew between planning and writing is a changed source."""
 
     def report(event: progress.Report) -> None:
         if isinstance(event, progress.ShardFinished):
-            (bench.source / "README.md").unlink(missing_ok=True)
+            path = bench.source / "README.md"
+            path.unlink(missing_ok=True) if text is None else path.write_text(text)
 
     with pytest.raises(errors.SourceChanged, match=r"README\.md"):
         bench.run(report=report)

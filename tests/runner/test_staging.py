@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.runner.conftest import SHARDED
 
 from ckptd import errors
 from ckptd.checkpoint import checkpoint
 from ckptd.pipeline import compose
 from ckptd.plan.stream import FinishedShard
 from ckptd.runner.staging import Staging
+from tests.runner.conftest import SHARDED
 
 
 @pytest.fixture

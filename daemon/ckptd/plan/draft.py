@@ -32,8 +32,9 @@ class Draft:
     """The output so far.
 
     `max_shard_bytes` None keeps the source's division into files; `home` says in which source
-    file a tensor lay. `config` is a fresh dict in each draft that changes it. `undecided_bytes`
-    may still go away when contents are compared. `hold_push` is a reason not to publish.
+    file a tensor lay. `config` is a fresh dict in each draft that changes it. `undecided` names
+    tensors that may still go away when contents are compared. `hold_push` is a reason not to
+    publish.
     """
 
     tensors: Mapping[str, Expression]
@@ -43,7 +44,7 @@ class Draft:
     config_path: Path
     side_files: tuple[SideFile, ...]
     max_shard_bytes: int | None = None
-    undecided_bytes: int = 0
+    undecided: frozenset[str] = frozenset()
     hold_push: str | None = None
     reports: tuple[StageReport, ...] = ()
 
@@ -51,6 +52,12 @@ class Draft:
     def tensor_bytes(self) -> int:
         """The bytes of all tensors together."""
         return sum(expression.nbytes(value) for value in self.tensors.values())
+
+    @property
+    def undecided_bytes(self) -> int:
+        """The bytes of the tensors that may still go away."""
+        names = self.undecided & self.tensors.keys()
+        return sum(expression.nbytes(self.tensors[name]) for name in names)
 
     def with_report(self, report: StageReport, **changes: Any) -> Draft:
         """Return this draft with `changes` made and `report` added."""

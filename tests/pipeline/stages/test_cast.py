@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pipeline.stages.conftest import config_of, planned, run, weights_of
 
 from ckptd import errors
+from tests.pipeline.stages.conftest import config_of, planned, run, weights_of
 
 EMBEDDING = "model.embed_tokens.weight"
 

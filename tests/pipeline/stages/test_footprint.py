@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pipeline.stages.conftest import FAMILIES, SMALL, planned, run
 from transformers import DynamicCache
 
 from ckptd import errors
 from ckptd.jobs.job import State
 from ckptd.pipeline import devices, kv_cache
+from tests.pipeline.stages.conftest import FAMILIES, SMALL, planned, run
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -48,6 +48,16 @@ def test_an_equal_copy_counts_until_it_is_known_to_be_one(family, tmp_path) -> N
     assert outcome.reports["footprint"]["total_bytes"] == tied
     with pytest.raises(errors.CheckFailed, match="footprint"):
         run(saved.path, stages, tmp_path / "other")  # its head differs: both stay
+
+
+def test_what_is_undecided_is_counted_as_later_stages_leave_it(family, tmp_path) -> None:
+    """A cast between tie and footprint changes the bytes that a tie may still take away."""
+    saved = family("llama")
+    twice = saved.modified(tmp_path / "twice", change={HEAD: saved.weights[EMBEDDING].clone()})
+    tied = sum(v.numel() * 8 for v in saved.weights.values()) - saved.weights[HEAD].numel() * 8
+    stages = f"- tie\n- cast: {{dtype: float64}}\n- footprint: {{max: {tied + 32}}}"
+    outcome = run(twice, stages, tmp_path / "out")
+    assert outcome.reports["footprint"]["parameter_bytes"] == tied
 
 
 def test_the_limit_is_exact(family) -> None:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+
 from tests.pipeline.stages.conftest import FAMILIES, planned, run, weights_of
 
 INDEX = "model.safetensors.index.json"

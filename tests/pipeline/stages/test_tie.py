@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from tests.pipeline.stages.conftest import FAMILIES, config_of, planned, run, weights_of
 
 from ckptd import errors
+from tests.pipeline.stages.conftest import FAMILIES, config_of, planned, run, weights_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLAG = "tie_word_embeddings"

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not an error of ours
+class Refused(Exception):
     """A request that gets an error answer."""
 
     def __init__(

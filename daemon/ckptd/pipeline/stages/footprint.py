@@ -61,7 +61,7 @@ def plan(draft: Draft, options: FootprintOptions, context: StageContext) -> Draf
     facts = measure(draft, options, context)
     limits = _limits(options, context)
     # What undecided comparisons may still drop must not fail the job before they are made.
-    needed = facts["total_bytes"] 
+    needed = facts["total_bytes"] - draft.undecided_bytes
     exceeded = [
         f"needs {units.format_bytes(needed)} ({needed:,} bytes), {name} allows "
         f"{units.format_bytes(limit)} ({limit:,} bytes)"

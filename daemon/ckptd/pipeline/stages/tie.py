@@ -15,7 +15,6 @@ from pydantic import model_validator
 from ckptd.models import configuration, tying
 from ckptd.models.tying import Decision, Ties
 from ckptd.pipeline.stage import Stage, StageContext, StageOptions
-from ckptd.plan import expression
 from ckptd.plan.draft import Draft, StageReport
 
 
@@ -42,12 +41,13 @@ def plan(draft: Draft, options: TieOptions, context: StageContext) -> Draft:
     """
     ties = tying.find(draft.config, draft.tensors, path=context.source_path)
     same: dict[tuple[str, str], bool] = {}
-    undecided = 0
+    undecided = set()
     for anchor, other in ties.pairs:
         found = context.same_content(draft.tensors[anchor], draft.tensors[other])
         if found is None:
             found = _expected(ties, other)
-            undecided += 0 if found else expression.nbytes(draft.tensors[other])
+            if not found:
+                undecided.add(other)
         same[anchor, other] = found
     decision = tying.decide(ties, same=same, force=options.force, untie=options.untie)
     report = StageReport(
@@ -63,10 +63,12 @@ def plan(draft: Draft, options: TieOptions, context: StageContext) -> Draft:
         },
         warnings=decision.notes,
     )
-    return _applied(draft, decision, report, undecided)
+    return _applied(draft, decision, report, frozenset(undecided))
 
 
-def _applied(draft: Draft, decision: Decision, report: StageReport, undecided: int) -> Draft:
+def _applied(
+    draft: Draft, decision: Decision, report: StageReport, undecided: frozenset[str]
+) -> Draft:
     tensors, home = dict(draft.tensors), dict(draft.home)
     for source, target in decision.copies:
         tensors[target], home[target] = tensors[source], home[source]
@@ -85,7 +87,7 @@ def _applied(draft: Draft, decision: Decision, report: StageReport, undecided: i
         tensors=tensors,
         home=home,
         config=config,
-        undecided_bytes=draft.undecided_bytes + undecided,
+        undecided=draft.undecided | undecided,
     )
 
 
