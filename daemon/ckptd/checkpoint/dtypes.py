@@ -6,43 +6,49 @@ Source: the safetensors format description (dtype strings of its header) and tor
 from __future__ import annotations
 
 import enum
+from typing import Self
 
 
 class Dtype(enum.StrEnum):
     """An element type; the value is the spelling in a safetensors header."""
 
-    F64 = "F64"
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-    F8_E4M3 = "F8_E4M3"
-    F8_E5M2 = "F8_E5M2"
-    F8_E8M0 = "F8_E8M0"
-    F8_E4M3FNUZ = "F8_E4M3FNUZ"
-    F8_E5M2FNUZ = "F8_E5M2FNUZ"
-    F6_E3M2 = "F6_E3M2"
-    F6_E2M3 = "F6_E2M3"
-    F4 = "F4"
-    C64 = "C64"
-    I64 = "I64"
-    I32 = "I32"
-    I16 = "I16"
-    I8 = "I8"
-    U64 = "U64"
-    U32 = "U32"
-    U16 = "U16"
-    U8 = "U8"
-    BOOL = "BOOL"
+    F64 = "F64", 64
+    F32 = "F32", 32
+    F16 = "F16", 16
+    BF16 = "BF16", 16
+    F8_E4M3 = "F8_E4M3", 8
+    F8_E5M2 = "F8_E5M2", 8
+    F8_E8M0 = "F8_E8M0", 8
+    F8_E4M3FNUZ = "F8_E4M3FNUZ", 8
+    F8_E5M2FNUZ = "F8_E5M2FNUZ", 8
+    F6_E3M2 = "F6_E3M2", 6
+    F6_E2M3 = "F6_E2M3", 6
+    F4 = "F4", 4
+    C64 = "C64", 64
+    I64 = "I64", 64
+    I32 = "I32", 32
+    I16 = "I16", 16
+    I8 = "I8", 8
+    U64 = "U64", 64
+    U32 = "U32", 32
+    U16 = "U16", 16
+    U8 = "U8", 8
+    BOOL = "BOOL", 8
 
-    @property
-    def bits(self) -> int:
-        """The width of one element in bits."""
-        return _BITS[self]
+    bits: int
+    """The width of one element in bits."""
+
+    def __new__(cls, name: str, bits: int = 0) -> Self:
+        """A member is its spelling and carries its width (an attribute: it is asked for often)."""
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.bits = bits
+        return member
 
     @property
     def alignment(self) -> int:
         """The offset multiple in bytes that lets a reader view the tensor in place."""
-        return max(1, _BITS[self] // 8)
+        return max(1, self.bits // 8)
 
     @property
     def is_plain_float(self) -> bool:
@@ -54,31 +60,6 @@ class Dtype(enum.StrEnum):
         """The attribute of torch that is this type, or None where torch has none."""
         return _TORCH_NAMES.get(self)
 
-
-_BITS = {
-    Dtype.F64: 64,
-    Dtype.F32: 32,
-    Dtype.F16: 16,
-    Dtype.BF16: 16,
-    Dtype.F8_E4M3: 8,
-    Dtype.F8_E5M2: 8,
-    Dtype.F8_E8M0: 8,
-    Dtype.F8_E4M3FNUZ: 8,
-    Dtype.F8_E5M2FNUZ: 8,
-    Dtype.F6_E3M2: 6,
-    Dtype.F6_E2M3: 6,
-    Dtype.F4: 4,
-    Dtype.C64: 64,
-    Dtype.I64: 64,
-    Dtype.I32: 32,
-    Dtype.I16: 16,
-    Dtype.I8: 8,
-    Dtype.U64: 64,
-    Dtype.U32: 32,
-    Dtype.U16: 16,
-    Dtype.U8: 8,
-    Dtype.BOOL: 8,
-}
 
 _PLAIN_FLOATS = frozenset({Dtype.F64, Dtype.F32, Dtype.F16, Dtype.BF16})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -75,6 +76,7 @@ def call(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Run the command line and end the process."""
+    gc.set_threshold(100_000, 50, 1000)  # plans are many small values that all stay: half the time
     code = call(sys.argv[1:])
     if code and _threads_linger():
         # A call to a Hub that does not answer cannot be taken out of its thread.

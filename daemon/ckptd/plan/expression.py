@@ -202,6 +202,8 @@ def numel(expression: Expression) -> int:
 
 def nbytes(expression: Expression) -> int:
     """Return the bytes the value takes in a file."""
+    if isinstance(expression, Load):
+        return expression.extent.nbytes
     return numel(expression) * expression.dtype.bits // 8
 
 

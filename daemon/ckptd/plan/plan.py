@@ -183,7 +183,7 @@ def _shard(name: str, tensors: list[str], draft: Draft) -> ShardPlan:
         raw.extend(
             part for part in _segments_of(spec.name, values[spec.name], offset) if part.nbytes
         )
-        offset += spec.nbytes
+        offset += expression.nbytes(values[spec.name])
     merged = _merge(raw)
     longest = max(
         (part for part in merged if isinstance(part, Run)), key=lambda run: run.nbytes, default=None

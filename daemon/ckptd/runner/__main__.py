@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -123,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ckptd.runner", description=__doc__)
     parser.add_argument("--preload", action="store_true", help="import torch at once")
     options = parser.parse_args()
+    gc.set_threshold(100_000, 50, 1000)  # plans are many small values that all stay: half the time
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What libraries print must not mix with reports: standard output becomes standard error.
