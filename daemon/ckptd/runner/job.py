@@ -30,8 +30,9 @@ from ckptd.pipeline import compose, target
 from ckptd.pipeline.definition import Definition
 from ckptd.plan.plan import Plan
 from ckptd.plan.sources import Sources
-from ckptd.plan.stream import Evaluator, FinishedShard, Stream
+from ckptd.plan.stream import FinishedShard, Stream
 from ckptd.runner import output
+from ckptd.runner.evaluator import ImportedMeanwhile
 from ckptd.runner.output import OutputFile
 from ckptd.runner.staging import Staging
 from ckptd.runner.tally import Tally
@@ -163,7 +164,7 @@ async def _produce(
     tally.enter(Phase.STREAMING)
     tally.reused(finished.values())
     with Sources(source.stamps) as sources:
-        stream = await _stream(work, plan, staging, sources, tally, hashing=push is not None)
+        stream = _stream(work, plan, staging, sources, tally, hashing=push is not None)
         async with anyio.create_task_group() as uploads:
 
             async def on_shard(shard: FinishedShard) -> None:
@@ -212,13 +213,13 @@ async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:
     return made
 
 
-async def _stream(
+def _stream(
     work: Work, plan: Plan, staging: Staging, sources: Sources, tally: Tally, *, hashing: bool
 ) -> Stream:
     evaluator = None
     if plan.needs_torch:
-        evaluator = await to_thread.run_sync(
-            lambda: _evaluator(work.definition.device, work.num_threads, sources)
+        evaluator = ImportedMeanwhile(
+            device=work.definition.device, num_threads=work.num_threads, sources=sources
         )
     return Stream(
         plan,
@@ -230,13 +231,6 @@ async def _stream(
         hashing=hashing,
         meter=tally.meter,
     )
-
-
-def _evaluator(device: str, num_threads: int, sources: Sources) -> Evaluator:
-    evaluate: Any = importlib.import_module("ckptd.plan.evaluate")
-    evaluate.set_threads(num_threads)
-    made: Evaluator = evaluate.Evaluator(device=evaluate.choose_device(device), sources=sources)
-    return made
 
 
 def _why_held(work: Work, plan: Plan) -> str:
