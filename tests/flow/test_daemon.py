@@ -260,3 +260,49 @@ def test_a_bad_token_waits_for_a_person_and_publishes_nothing(node: Deployment) 
         database.retry(job.job_id, now=job.updated_at + 1)
     (job,) = node.wait_for_ended(1)
     assert job.state is State.PUBLISHED
+
+
+def test_a_name_that_is_no_text_does_not_end_the_daemon(node: Deployment) -> None:
+    """A file whose name is not UTF-8 inside a checkpoint leaves the daemon at work."""
+    node.define()
+    node.start()
+    folder = node.runs / "run" / "checkpoint-10"
+    folder.mkdir(parents=True)
+    node.wait_for(lambda: "checkpoint seen" in node.log_path.read_text())
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.lock")).write_bytes(b"")
+    write_checkpoint(node.runs / "run" / "checkpoint-20", 20)
+    jobs = node.wait_for_ended(1)
+    assert jobs[0].state is State.PUBLISHED
+    assert node.process is not None
+    assert node.process.poll() is None
+
+
+def test_a_corrected_definition_takes_up_what_failed_under_the_wrong_one(
+    node: Deployment,
+) -> None:
+    """A footprint limit that was too low is raised, and the checkpoint is published after all."""
+    node.define(stages="  - footprint: {max: 10}\n")
+    node.start()
+    write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
+    (failed,) = node.wait_for_ended(1)
+    assert failed.state is State.FAILED
+    node.define(stages="  - footprint: {max: 1GB}\n")
+    jobs = node.wait_for_ended(2)
+    assert jobs[1].state is State.PUBLISHED
+
+
+def test_a_daemon_leaves_the_pins_of_another_one_alone(node: Deployment, tmp_path: Path) -> None:
+    """A second daemon that starts on the same root does not take the first one's pins away."""
+    node.define(settle="1h")
+    node.start()
+    write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
+    pins = node.runs / ".ckptd" / "live"
+    node.wait_for(lambda: list(pins.glob("*/trainer_state.json")))
+    first, node.process, state = node.process, None, node.state
+    node.state = tmp_path / "other-state"
+    node.start()
+    node.wait_for(lambda: len(list(pins.glob("*/trainer_state.json"))) == 2)
+    assert node.stop() == 0
+    node.process, node.state = first, state
+    node.kill()
+    assert list(pins.glob("*/trainer_state.json"))

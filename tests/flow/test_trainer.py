@@ -13,25 +13,33 @@ from ckptd.jobs.job import State
 from tests.flow.conftest import Deployment
 
 TRAINING = """
-import sys, warnings
+import sys, time
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import (
+    LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed,
+)
 
-set_seed(0)
-config = LlamaConfig(
-    vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=sys.argv[2] == "tied",
-    bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)
-model = LlamaForCausalLM(config)
-data = [{"input_ids": x, "labels": x} for x in torch.randint(3, 90, (64, 16))]
-arguments = TrainingArguments(
-    output_dir=sys.argv[1], max_steps=12, save_steps=4, save_total_limit=1,
-    per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
-    logging_strategy="no",
-)
-Trainer(model=model, args=arguments, train_dataset=data).train()
-model.save_pretrained(sys.argv[1] + "/../reference-" + sys.argv[2])
+class Pace(TrainerCallback):
+    # A step of a model this small takes 20 ms: no checkpoint would live for a tenth of a second.
+    def on_step_end(self, *args, **kwargs):
+        time.sleep(0.3)
+
+for kind in ("tied", "untied"):
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=90, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=kind == "tied",
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    data = [{"input_ids": x, "labels": x} for x in torch.randint(3, 90, (64, 16))]
+    arguments = TrainingArguments(
+        output_dir=f"{sys.argv[1]}/{kind}", max_steps=12, save_steps=4, save_total_limit=1,
+        per_device_train_batch_size=4, report_to=[], use_cpu=True, disable_tqdm=True,
+        logging_strategy="no",
+    )
+    Trainer(model=model, args=arguments, train_dataset=data, callbacks=[Pace()]).train()
+    model.save_pretrained(f"{sys.argv[1]}/reference-{kind}")
 """
 
 
@@ -41,12 +49,11 @@ def test_every_checkpoint_of_a_rotating_trainer_is_published(
     """save_total_limit=1 deletes checkpoints as they come; each is published, whole and exact."""
     node.define(stages="  - tie\n  - resize: {pad_to_multiple_of: 64}\n  - reshard\n")
     node.start()
-    for kind in ("tied", "untied"):
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", TRAINING, str(node.runs / kind), kind],
-            check=True,
-            capture_output=True,
-        )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TRAINING, str(node.runs)],
+        check=True,
+        capture_output=True,
+    )
     jobs = node.wait_for_ended(6)
 
     assert [job.state for job in jobs] == [State.PUBLISHED] * 6

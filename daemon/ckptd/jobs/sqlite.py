@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import anyio
+import structlog
 from anyio import to_thread
 
+from ckptd import errors
 from ckptd.jobs.database import Database
 from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, RetryLimits, State
 from ckptd.jobs.store import Enqueued, Moment, Sighting
+
+PAUSES_S = (0.2, 1.0, 5.0, 15.0, 30.0)
+"""Pauses before a call that the disk or a lock refused is made again; then the failure is told."""
+
+log = structlog.get_logger()
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -135,4 +142,10 @@ class SqliteStore:
         self, method: Callable[Concatenate[Database, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         call = functools.partial(method, self._database, *args, **kwargs)
+        for pause_s in PAUSES_S:
+            try:
+                return await to_thread.run_sync(call, limiter=self._limiter)
+            except errors.StorageFailed as error:  # locked by another process, a full disk
+                log.warning("job store failed, trying again", why=str(error), seconds=pause_s)
+                await anyio.sleep(pause_s)
         return await to_thread.run_sync(call, limiter=self._limiter)

@@ -39,6 +39,7 @@ class Board:
         self._slots = slots
         self._started_at = time.time()
         self._jobs: dict[str, JobStatus] = {}
+        self._is_stale = False
         self.state = "starting"
         self.watches: Callable[[], tuple[WatchStatus, ...]] = tuple
         self.definitions: Callable[[], tuple[DefinitionStatus, ...]] = tuple
@@ -111,6 +112,22 @@ class Board:
             definitions=self.definitions(),
         )
 
+    def _write(self, path: Path, text: str) -> None:
+        """Put `text` at `path` whole; not synced, since it is worthless after a crash.
+
+        A full disk must not end the jobs: that the file is stale is said once.
+        """
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(text)
+            temporary.rename(path)
+        except OSError as error:
+            if not self._is_stale:
+                log.error("status file not written", path=str(path), why=str(error))
+            self._is_stale = True
+        else:
+            self._is_stale = False
+
     async def publish(
         self, state_path: Path, store: JobStore, notify: Callable[[str], None]
     ) -> None:
@@ -123,13 +140,6 @@ class Board:
             comparable = dataclasses.replace(status, at=0.0)
             if comparable != told or time.monotonic() - told_at > REFRESH_S:
                 told, told_at = comparable, time.monotonic()
-                await to_thread.run_sync(_replace, path, status.to_json())
+                await to_thread.run_sync(self._write, path, status.to_json())
                 notify(status.line)
             await anyio.sleep(PUBLISH_S)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put `text` at `path` whole; not synced, since it is worthless after a crash."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.rename(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import signal
 import socket
 import time
@@ -53,6 +54,7 @@ class Daemon:
         self._board = Board(endpoint=endpoint, slots=settings.slots)
         self._board.definitions = lambda: self._definitions.statuses
         self._board.watches = self._watch_statuses
+        self._identity = ""
         self._watchers: dict[str, list[Watcher]] = {}
         self._scopes: dict[str, tuple[Definition, anyio.CancelScope]] = {}
 
@@ -66,6 +68,7 @@ class Daemon:
         settings = self._settings
         lock_fd = await to_thread.run_sync(_lock, settings.state_dir)
         try:
+            self._identity = await to_thread.run_sync(_identity, settings.state_dir)
             store = await SqliteStore.open(settings.database_path)
             try:
                 await self._serve(store, task_status)
@@ -178,8 +181,9 @@ class Daemon:
     def _pins(self, definition: Definition) -> list[Pins]:
         return [
             Pins(
+                owner=self._identity,
                 pipeline=definition.pipeline,
-                root_path=scan.parse(watch.path).root_path,
+                place=scan.parse(watch.path),
                 state_path=self._settings.state_dir,
             )
             for watch in definition.watch
@@ -225,3 +229,19 @@ def _lock(state_path: Path) -> int:
             hint="stop it, or give this one another state_dir",
         ) from error
     return fd
+
+
+def _identity(state_path: Path) -> str:
+    """Return what tells this state folder's daemons from others; made on the first start.
+
+    Raises:
+        StorageFailed: the state folder cannot be written.
+    """
+    path = state_path / "identity"
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        pass
+    identity = secrets.token_hex(8)
+    writer.write_file(path, identity.encode())
+    return identity

@@ -50,7 +50,8 @@ class Definitions:
             del self._loaded[path]
         for path, stamp in found.items():
             loaded = self._loaded.get(path)
-            if loaded is None or loaded.stamp != stamp:
+            # What is wrong may lie elsewhere (a name that another file has): look again.
+            if loaded is None or loaded.stamp != stamp or loaded.problem is not None:
                 self._loaded[path] = self._load(path, stamp, loaded)
         return before != self.in_use
 
@@ -100,7 +101,8 @@ class Definitions:
             self._check_name(path, parsed)
         except errors.DefinitionError as error:
             kept = "the last good one stays" if last_good else "not in use"
-            log.error("definition broken", path=str(path), kept=kept, problems=error.message)
+            if before is None or before.problem != error.message:
+                log.error("definition broken", path=str(path), kept=kept, problems=error.message)
             return Loaded(path=path, stamp=stamp, definition=last_good, problem=error.message)
         log.info("definition loaded", path=str(path), pipeline=parsed.pipeline)
         return Loaded(path=path, stamp=stamp, definition=parsed)

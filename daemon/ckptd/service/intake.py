@@ -23,6 +23,7 @@ from ckptd import errors
 from ckptd.checkpoint import completeness, listing
 from ckptd.checkpoint.completeness import Broken, Complete, Waiting
 from ckptd.checkpoint.listing import Listing
+from ckptd.jobs.job import State
 from ckptd.jobs.store import JobStore, Sighting, Verdict
 from ckptd.pipeline.definition import Definition, Watch
 from ckptd.service import identify
@@ -35,6 +36,7 @@ ABANDON_S = 3600.0
 """An incomplete checkpoint that nobody writes for this long is given up, until it changes."""
 _REJUDGE_S = 15.0
 """How often a quiet but incomplete checkpoint is judged again."""
+_ENDED_BADLY = frozenset({State.FAILED, State.REFUSED, State.HELD})
 _DECIDED = frozenset({Verdict.TAKEN, Verdict.REFUSED, Verdict.SKIPPED})
 
 
@@ -80,14 +82,7 @@ class Intake:
         """Follow the place until cancelled; started when the first scan was taken in."""
         send_events, events = anyio.create_memory_object_stream[WatchEvent](64)
         send_due, due = anyio.create_memory_object_stream[_Candidate](float("inf"))
-        for path, pin_path in await to_thread.run_sync(self._pins.orphans):
-            orphan = _Candidate(
-                path=path,
-                seen=await to_thread.run_sync(listing.list_files, pin_path),
-                pin_path=pin_path,
-                quiet_since=0.0,
-                gone=True,
-            )
+        for orphan in await to_thread.run_sync(self._orphans):
             send_due.send_nowait(orphan)
         async with anyio.create_task_group() as group, send_due:
             group.start_soon(self._judge_all, due)
@@ -97,6 +92,19 @@ class Intake:
             async with events:
                 async for event in events:
                     await self._on(event, send_due)
+
+    def _orphans(self) -> list[_Candidate]:
+        """Pins whose source went away while nobody watched, to be judged as they are. Blocks."""
+        found = []
+        for path, pin_path in self._pins.orphans():
+            try:
+                seen = listing.list_files(pin_path)
+            except errors.CkptdError as error:
+                self._log.warning("pin unreadable", pin=str(pin_path), why=str(error))
+                continue
+            orphan = _Candidate(path=path, seen=seen, pin_path=pin_path, quiet_since=0.0, gone=True)
+            found.append(orphan)
+        return found
 
     async def _on(self, event: WatchEvent, due: anyio.abc.ObjectSendStream[_Candidate]) -> None:
         path = event.candidate.path
@@ -133,11 +141,18 @@ class Intake:
     async def _is_decided(self, path: Path, seen: Listing) -> bool:
         """Whether this very state of the folder was dealt with, maybe before a restart."""
         sighting = await self._store.sighting(str(path), self._definition.pipeline)
-        return (
-            sighting is not None
-            and sighting.verdict in _DECIDED
-            and sighting.fingerprint_id == self._identity(seen, sighting.verdict)
-        )
+        if sighting is None or sighting.verdict not in _DECIDED:
+            return False
+        if sighting.fingerprint_id != self._identity(seen, sighting.verdict):
+            return False
+        return sighting.job_id is None or not await self._deserves_another(sighting.job_id)
+
+    async def _deserves_another(self, job_id: str) -> bool:
+        """Whether a job ended badly under a definition that has been changed since."""
+        known = await identify.known_job(self._store, job_id)
+        if known is None:
+            return True
+        return known.state in _ENDED_BADLY and known.spec.definition != self._definition.dump()
 
     def _identity(self, seen: Listing, verdict: Verdict) -> str:
         """What a verdict holds for: a refusal only under the definition that brought it about."""
@@ -165,6 +180,8 @@ class Intake:
                     await self._lost(candidate)
                 except errors.CkptdError as error:
                     await self._refuse(candidate, error)
+                except OSError as error:  # of the file system, not of the checkpoint: not final
+                    await self._wait(candidate, f"{candidate.path}: {error}")
 
     async def _judge(self, candidate: _Candidate) -> None:
         if not candidate.gone:
@@ -284,7 +301,8 @@ class Intake:
                 pipeline=self._definition.pipeline,
                 fingerprint_id=self._identity(candidate.seen, verdict),
                 verdict=verdict,
-                reason=reason,
+                # Names on disk may be no text; the store takes nothing else.
+                reason=None if reason is None else reason.encode("utf-8", "replace").decode(),
                 job_id=job_id,
                 at=time.time(),
             )

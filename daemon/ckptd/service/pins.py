@@ -20,16 +20,22 @@ from ckptd.checkpoint import pin
 from ckptd.checkpoint.listing import Listing
 from ckptd.checkpoint.pin import PinMethod
 from ckptd.errors import StorageFailed
+from ckptd.watch.scan import Place
 
 log = structlog.get_logger()
 
 
 class Pins:
-    """The pins of one definition's watched place."""
+    """The pins of one definition's watched place.
 
-    def __init__(self, *, pipeline: str, root_path: Path, state_path: Path) -> None:
+    `owner` is the daemon's identity: daemons that share a root leave each other's pins alone.
+    """
+
+    def __init__(self, *, owner: str, pipeline: str, place: Place, state_path: Path) -> None:
+        self._owner = owner
         self._pipeline = pipeline
-        self._root_path = root_path
+        self._place = place
+        self._root_path = place.root_path
         self._state_path = state_path
         self._bases: dict[Path, tuple[Path, PinMethod]] = {}
         self._lock = threading.Lock()
@@ -41,7 +47,7 @@ class Pins:
             ino = source.stat().st_ino
         except OSError:
             ino = 0
-        key = f"{self._pipeline}\0{source}\0{ino}".encode()
+        key = f"{self._owner}\0{self._pipeline}\0{source}\0{ino}".encode()
         return base / "live" / hashlib.sha256(key).hexdigest()[:16]
 
     def frozen_path(self, live_path: Path, job_id: str) -> Path:
@@ -80,15 +86,15 @@ class Pins:
     def orphans(self) -> list[tuple[Path, Path]]:
         """Return (source, live pin) of pins whose source went away while nobody watched."""
         found = []
+        pattern = str(self._root_path.resolve().joinpath(*self._place.parts))
         for base in self._known_bases():
             for live_path in sorted((base / "live").glob("*")):
-                origin = pin.read_origin(live_path)
-                if origin is None:
-                    pin.release(live_path)
-                elif origin.get("pipeline") == self._pipeline:
-                    source = Path(origin["source"])
-                    if not source.exists():
-                        found.append((source, live_path))
+                origin = self._own_origin(live_path)
+                if origin is None or origin.get("pipeline") != self._pipeline:
+                    continue
+                source = Path(origin["source"])
+                if source.match(pattern) and not _exists(source):
+                    found.append((source, live_path))
         return found
 
     def sweep(self, needed: Collection[Path]) -> None:
@@ -97,8 +103,10 @@ class Pins:
             for path in (base / "pins").glob("*"):
                 if path in needed:
                     continue
-                origin = pin.read_origin(path)
-                if origin is not None and not Path(origin["source"]).exists():
+                origin = self._own_origin(path)
+                if origin is None:
+                    continue  # another daemon's
+                if not _exists(Path(origin["source"])):
                     live_path = base / "live" / path.name
                     if not live_path.exists():
                         live_path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +116,20 @@ class Pins:
 
     def _refresh(self, live_path: Path, seen: Listing, method: PinMethod) -> None:
         if pin.read_origin(live_path) is None:
-            pin.write_origin(live_path, {"source": str(seen.path), "pipeline": self._pipeline})
+            origin = {
+                "owner": self._owner,
+                "pipeline": self._pipeline,
+                "source": str(seen.path),
+            }
+            pin.write_origin(live_path, origin)
         pin.refresh(seen.base_path, seen, live_path, method)
+
+    def _own_origin(self, path: Path) -> dict[str, str] | None:
+        """Return the origin of a pin that this daemon made, None for any other."""
+        origin = pin.read_origin(path)
+        if origin is None or origin.get("owner") != self._owner or "source" not in origin:
+            return None
+        return origin
 
     def _method(self, live_path: Path) -> PinMethod:
         base = live_path.parent.parent
@@ -137,3 +157,14 @@ class Pins:
     def _known_bases(self) -> list[Path]:
         root_path = self._root_path.resolve()
         return [root_path / pin.FOLDER_NAME, self._fallback(root_path)]
+
+
+def _exists(path: Path) -> bool:
+    """Whether something is there; what may not be looked at is taken to be."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True

@@ -27,6 +27,10 @@ from ckptd.service.runners import RunnerProcess
 
 log = structlog.get_logger()
 
+START_PAUSE_S = 10.0
+"""Pause after a runner could not be started: the node is short of something."""
+CANCEL_PATIENCE_S = 15.0
+"""How long a runner may take to stop a job before it is killed."""
 POLL_S = 2.0
 """How soon a change made by another process (`ckptd jobs retry`) is noticed."""
 
@@ -73,7 +77,12 @@ class Worker:
         try:
             while True:
                 if runner is None:
-                    runner = await RunnerProcess.start(preload=self._options.preload())
+                    try:
+                        runner = await RunnerProcess.start(preload=self._options.preload())
+                    except OSError as error:
+                        log.error("runner not started", why=str(error))
+                        await anyio.sleep(START_PAUSE_S)
+                        continue
                 now = time.time()
                 job = await self._store.acquire(
                     worker=worker, lease_s=self._options.lease_s, now=now
@@ -104,7 +113,7 @@ class Worker:
             except* errors.LeaseLost:
                 lost = True
         except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
+            with anyio.CancelScope(shield=True), contextlib.suppress(errors.LeaseLost):
                 await runner.close()
                 await self._release(spec.job_id, worker)
             logger.info("job released", reason="the daemon stops")
@@ -114,7 +123,11 @@ class Worker:
         if lost:
             logger.warning("lease lost, job left to its new worker")
             return False
-        return await self._settle(job, ending, runner, worker, logger)
+        try:
+            return await self._settle(job, ending, runner, worker, logger)
+        except errors.LeaseLost:
+            logger.warning("lease lost, the job's end is its new worker's to record")
+            return False
 
     async def _converse(
         self, job: Job, runner: RunnerProcess, worker: str
@@ -146,14 +159,17 @@ class Worker:
         return ending
 
     async def _keep_lease(self, job_id: str, runner: RunnerProcess, worker: str) -> None:
-        asked, lease_s = False, self._options.lease_s
+        asked_at: float | None = None
+        lease_s = self._options.lease_s
         extended = time.monotonic()
         while True:
             await anyio.sleep(POLL_S)
             job = await self._store.get(job_id)
-            if job.cancel_requested and not asked:
-                asked = True
+            if job.cancel_requested and asked_at is None:
+                asked_at = time.monotonic()
                 await runner.send(progress.Cancel(reason="cancelled by hand"))
+            elif asked_at is not None and time.monotonic() - asked_at > CANCEL_PATIENCE_S:
+                await runner.close()
             if time.monotonic() - extended > lease_s / 4:
                 await self._store.extend(job_id, worker=worker, lease_s=lease_s, now=time.time())
                 extended = time.monotonic()
@@ -181,7 +197,7 @@ class Worker:
                 seconds=round(outcome.duration_s, 2),
                 reason=outcome.reason,
             )
-        elif ending is not None and ending.failure.code == "Cancelled":
+        elif await self._was_cancelled(job_id, ending):
             ended = await self._release(job_id, worker)
             logger.info(f"job {ended.state.value}", reason=ended.reason)
         else:
@@ -203,6 +219,12 @@ class Worker:
         await anyio.to_thread.run_sync(housekeeping.tidy, ended, self._options.state_path)
         # After a failure or a cancel, threads of the Hub's client may still be at work in it.
         return isinstance(ending, progress.Finished)
+
+    async def _was_cancelled(self, job_id: str, ending: progress.Failed | None) -> bool:
+        """Whether the job ended because it was told to, by the runner's word or by its death."""
+        if ending is None:
+            return (await self._store.get(job_id)).cancel_requested
+        return ending.failure.code == "Cancelled"
 
     async def _release(self, job_id: str, worker: str) -> Job:
         return await self._store.release(

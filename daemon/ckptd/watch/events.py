@@ -20,6 +20,7 @@ import watchfiles
 from anyio.abc import TaskStatus
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
+from ckptd.aio import groups
 from ckptd.watch.scan import Folder
 
 MAX_FOLDERS = 512
@@ -96,6 +97,11 @@ class Events:
                 self._poke()
             except (OSError, WatchfilesRustInternalError) as exc:
                 self.poll_only(str(exc))
+            except ExceptionGroup as group:  # what fails later comes out of its own task group
+                expected, rest = group.split((OSError, WatchfilesRustInternalError))
+                if rest is not None or expected is None:
+                    raise
+                self.poll_only(str(groups.first(expected, Exception)))
             tasks.cancel_scope.cancel()
 
     async def _poke_from_task(self) -> None:
