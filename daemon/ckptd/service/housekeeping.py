@@ -1,9 +1,9 @@
 """Folders of the daemon's own: where they are, and when they go.
 
-Staging (`<state>/work/<job>/`) and pin of a job stay while the job may still need them: queued,
-running, retrying, waiting, and failed or held (a person may retry it when the source is long gone;
-a held job's output is in its staging). Everything else is removed as soon as the job has ended, and
-what a crash left behind is removed at the next start.
+Staging (a folder a job, in `work` of the state folder) and pin of a job stay while the job may still
+need them: queued, running, retrying, waiting, and failed or held (a person may retry it when the
+source is long gone; a held job's output is in its staging). Everything else is removed as soon as
+the job has ended, and what a crash left behind is removed at the next start.
 """
 
 from __future__ import annotations
