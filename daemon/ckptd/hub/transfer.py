@@ -72,13 +72,13 @@ def _fresh(file: push.LocalFile) -> CommitOperationAdd:
 
 def _record(file: push.LocalFile, operation: CommitOperationAdd) -> ledger.Record:
     """Return what was uploaded, or the content of a file that travels inside the commit."""
-    if operation._should_ignore:  # noqa: SLF001
+    if operation._should_ignore:
         raise errors.HubRejected(
             f"{file.path_in_repo} is ignored by the repo's .gitignore",
             hint="remove the rule from .gitignore on the Hub",
         )
     content = None
-    if operation._upload_mode == "lfs":  # noqa: SLF001
+    if operation._upload_mode == "lfs":
         sha256 = operation.upload_info.sha256.hex()
     else:
         content = file.path.read_bytes()
@@ -93,12 +93,12 @@ def _record(file: push.LocalFile, operation: CommitOperationAdd) -> ledger.Recor
 def _ready(record: ledger.Record) -> CommitOperationAdd:
     """Return a fresh operation that `create_commit` sends as it is: uploaded, never a no-op."""
     operation = CommitOperationAdd(record.path_in_repo, record.content or b"")
-    operation._should_ignore = False  # noqa: SLF001
+    operation._should_ignore = False
     if record.content is not None:
-        operation._upload_mode = "regular"  # noqa: SLF001
+        operation._upload_mode = "regular"
         return operation
-    operation._upload_mode = "lfs"  # noqa: SLF001
-    operation._is_uploaded = True  # noqa: SLF001
+    operation._upload_mode = "lfs"
+    operation._is_uploaded = True
     operation.upload_info = UploadInfo(
         size=record.nbytes, sample=b"", sha256=bytes.fromhex(record.sha256)
     )
