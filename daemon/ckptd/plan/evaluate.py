@@ -3,15 +3,7 @@
 The only module of the plan that imports torch; it is loaded when a plan computes something. Blocks
 are self-contained expressions, so that any number of them can be in flight; the bytes of a batch
 lie in two buffers of a pool, sources in one and results in the other, until the batch is released.
-Values never depend on the device's generator or on how a tensor was divided into blocks: randomness
-comes from CPU generators seeded by row group, statistics are taken over steps of fixed size, and
-rows are multiplied in whole groups.
-
-New rows around the mean follow the documented behaviour of `resize_token_embeddings` with
-`mean_resizing`: a normal distribution with the mean of the old rows and their covariance (divided
-by n) times 1e-9, or the mean exactly where that covariance is not positive definite. Instead of a
-covariance matrix and its Cholesky factor, one pass computes `(W - mu)^T z` for independent normal
-z of length n: `mu + sqrt(1e-9 / n) (W - mu)^T z` has that distribution exactly.
+Values never depend on how a tensor was divided into blocks; those of new rows are `plan.grown`'s.
 """
 
 from __future__ import annotations
@@ -26,14 +18,12 @@ import torch
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import Extent
 from ckptd.errors import CheckFailed
-from ckptd.plan import expression
-from ckptd.plan.blocks import GROWN_GROUP_ROWS, STATISTICS_BYTES, Block
+from ckptd.plan import expression, grown
+from ckptd.plan.blocks import Block
 from ckptd.plan.buffers import BufferPool
 from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load, NewRows
 from ckptd.plan.sources import Sources
 
-COVARIANCE_SCALE = 1e-9
-"""The factor on the old rows' covariance; transformers' `resize_token_embeddings` has the same."""
 _ALIGNMENT_BYTES = 64
 """Where a block begins in a buffer: wide enough for every dtype and for vector loads."""
 
@@ -143,55 +133,32 @@ class Evaluator:
 
     def _grown(self, value: Grown, tensor: str) -> torch.Tensor:
         """Return the new rows in host memory and in float32 or wider, of any shape."""
-        if value.method is NewRows.ZERO:
-            return torch.zeros(value.shape)
+        num_rows, num_new = value.source.shape[value.axis], value.shape[value.axis]
+        width = math.prod(value.shape[value.axis + 1 :])
         if value.method is NewRows.NORMAL:
-            noise = _noise(value, step=0, width=math.prod(value.shape[value.axis + 1 :]))
-            return noise.mul_(value.std)
-        if value.method is NewRows.MEAN:
-            return self._around_mean(value, tensor)
-        return self._around_bias_mean(value, tensor)
-
-    def _around_mean(self, value: Grown, tensor: str) -> torch.Tensor:
-        num_rows = value.source.shape[value.axis]
-        num_new = value.shape[value.axis]
-        width = math.prod(value.source.shape[value.axis + 1 :])
-        if num_rows == 0:
-            return torch.zeros(value.shape)
-        device = self._device
-        groups = _groups(value)
-        total = torch.zeros(width, dtype=torch.float64, device=device)
-        low = torch.full((width,), math.inf, device=device)
-        high = torch.full((width,), -math.inf, device=device)
-        scatter = torch.zeros((len(groups) * GROWN_GROUP_ROWS, width), device=device)
-        weight = torch.zeros((len(scatter), 1), device=device)
-        for step, rows in enumerate(self._source_rows(value, width, tensor), start=1):
-            total += rows.sum(0, dtype=torch.float64)
-            low, high = torch.minimum(low, rows.amin(0)), torch.maximum(high, rows.amax(0))
-            for place, group in enumerate(groups):
-                noise = _group_noise(value.seed, group, step=step, width=len(rows)).to(device)
-                here = slice(place * GROWN_GROUP_ROWS, (place + 1) * GROWN_GROUP_ROWS)
-                scatter[here] += noise @ rows
-                weight[here] += noise.sum(1, keepdim=True)
-        mean = (total / num_rows).to(torch.float32)
-        if num_rows <= width or bool((low == high).any()):
-            return mean.expand(num_new, width).cpu()
-        scatter.addcmul_(weight, mean, value=-1).mul_(math.sqrt(COVARIANCE_SCALE / num_rows))
-        start = value.first - groups[0] * GROWN_GROUP_ROWS
-        return scatter.add_(mean)[start : start + num_new].cpu()
-
-    def _around_bias_mean(self, value: Grown, tensor: str) -> torch.Tensor:
-        if value.source.shape[value.axis] == 0:
-            return torch.zeros(value.shape)
-        rows = torch.cat(list(self._source_rows(value, 1, tensor))).flatten().to(torch.float64)
-        std = rows.std() if rows.numel() > 1 else rows.new_zeros(())
-        noise = _noise(value, step=0, width=1).flatten().to(rows)
-        return noise.mul_(COVARIANCE_SCALE * std).add_(rows.mean()).cpu()
+            made = grown.normal(
+                first=value.first, num_new=num_new, width=width, seed=value.seed
+            ).mul_(value.std)
+        elif value.method is NewRows.ZERO or num_rows == 0:
+            made = torch.zeros(value.shape)
+        elif value.method is NewRows.MEAN:
+            made = grown.around_mean(
+                self._source_rows(value, width, tensor),
+                num_rows=num_rows,
+                first=value.first,
+                num_new=num_new,
+                seed=value.seed,
+                device=self._device,
+            )
+        else:
+            old = torch.cat(list(self._source_rows(value, 1, tensor)))
+            made = grown.around_bias_mean(old, first=value.first, num_new=num_new, seed=value.seed)
+        return made.cpu()
 
     def _source_rows(self, value: Grown, width: int, tensor: str) -> Iterator[torch.Tensor]:
         """Yield the source's rows in float32 on the device, a step at a time."""
         num_rows = value.source.shape[value.axis]
-        step = max(1, STATISTICS_BYTES // (4 * max(1, width)))
+        step = grown.step_rows(width)
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             part = expression.rows(value.source, start, stop, axis=value.axis)
@@ -227,40 +194,6 @@ def choose_device(wanted: str) -> str:
                 hint="set device: auto, or run where the GPU is visible",
             )
     return wanted
-
-
-def _groups(value: Grown) -> range:
-    """The groups of rows that the new rows belong to."""
-    last = value.first + value.shape[value.axis] - 1
-    return range(value.first // GROWN_GROUP_ROWS, last // GROWN_GROUP_ROWS + 1)
-
-
-def _group_noise(seed: int, group: int, *, step: int, width: int) -> torch.Tensor:
-    """Standard normal values (rows of a group, width), by seed, group and statistics step alone."""
-    generator = torch.Generator().manual_seed(_mix(seed, group, step))
-    return torch.randn((GROWN_GROUP_ROWS, width), generator=generator)
-
-
-def _noise(value: Grown, *, step: int, width: int) -> torch.Tensor:
-    """Standard normal values (new rows, width)."""
-    out = torch.empty((value.shape[value.axis], width))
-    for group in _groups(value):
-        begin = group * GROWN_GROUP_ROWS - value.first
-        rows = _group_noise(value.seed, group, step=step, width=width)
-        low, high = max(0, begin), min(len(out), begin + GROWN_GROUP_ROWS)
-        out[low:high] = rows[low - begin : high - begin]
-    return out
-
-
-def _mix(*numbers: int) -> int:
-    """A 63-bit seed from small numbers (splitmix64 finalizer, Steele et al. 2014)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state >> 1
 
 
 def _cast_into(out: torch.Tensor, source: torch.Tensor, dtype: Dtype, tensor: str) -> None:

@@ -7,6 +7,7 @@ limit starts the next. The limit counts tensor bytes, not the header.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,8 +48,28 @@ def by_home(tensors: Sequence[Sized]) -> list[list[str]]:
     return list(shards.values())
 
 
-def file_names(count: int) -> list[str]:
-    """Return the names of `count` weight files; a single one has no number."""
+def file_names(count: int, *, stem: str = "model", variant: str | None = None) -> list[str]:
+    """Return the names of `count` weight files; a single one has no number.
+
+    Args:
+        count: how many files.
+        stem: `model`, or `adapter_model` for adapter weights.
+        variant: stands after the stem: `model.fp16-00001-of-00002.safetensors`.
+    """
+    base = stem if variant is None else f"{stem}.{variant}"
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [f"{base}.safetensors"]
+    return [f"{base}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def index_name(*, stem: str = "model", variant: str | None = None) -> str:
+    """Return the index's name; the variant stands before the last suffix."""
+    end = "json" if variant is None else f"{variant}.json"
+    return f"{stem}.safetensors.index.{end}"
+
+
+def is_weight_name(name: str, *, stem: str = "model", variant: str | None = None) -> bool:
+    """Say whether `name` is a weight file or an index that a save of this variant could have made."""
+    base = re.escape(stem if variant is None else f"{stem}.{variant}")
+    shard = re.fullmatch(rf"{base}(-\d{{5,}}-of-\d{{5,}})?\.safetensors", name)
+    return shard is not None or name == index_name(stem=stem, variant=variant)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckptd.checkpoint import checkpoint
 from ckptd.checkpoint.header import Extent, FileStamp
 from ckptd.errors import SourceChanged
+
+MAX_BUFFERS = 1024
+"""How many buffers one system call fills: the limit of Linux (IOV_MAX)."""
 
 
 class Sources:
@@ -53,11 +56,22 @@ class Sources:
         Raises:
             SourceChanged: the file ended before the extent did, or can no longer be read.
         """
+        self.scatter([buffer], extent)
+
+    def scatter(self, buffers: Sequence[memoryview], extent: Extent) -> None:
+        """Fill `buffers`, one after the other and together of the extent's length.
+
+        At most `MAX_BUFFERS` of them, so that one system call can fill all.
+
+        Raises:
+            SourceChanged: the file ended before the extent did, or can no longer be read.
+        """
         fd = self.fd(extent.path)
         done = 0
+        left = list(buffers)
         while done < extent.nbytes:
             try:
-                got = os.preadv(fd, [buffer[done:]], extent.offset + done)
+                got = os.preadv(fd, left, extent.offset + done)
             except OSError as error:
                 raise SourceChanged(
                     path=extent.path,
@@ -71,6 +85,8 @@ class Sources:
                     found=f"{extent.offset + done}",
                 )
             done += got
+            if done < extent.nbytes:
+                left = _after(left, got)
 
     def check(self) -> None:
         """Verify that every source is still as planned.
@@ -93,3 +109,12 @@ class Sources:
             os.close(fd)
             raise SourceChanged(path=path, expected=str(stamp), found=str(found))
         return fd
+
+
+def _after(buffers: list[memoryview], nbytes: int) -> list[memoryview]:
+    """Return what is left of `buffers` once their first `nbytes` are filled."""
+    for place, buffer in enumerate(buffers):
+        if nbytes < len(buffer):
+            return [buffer[nbytes:], *buffers[place + 1 :]]
+        nbytes -= len(buffer)
+    return []

@@ -18,7 +18,7 @@ from ckptd.checkpoint.header import Extent
 from ckptd.plan.sources import Sources
 
 BUFFER_BYTES = 2 << 20
-"""One buffer per thread; 256 KB to 8 MB measure alike."""
+"""One buffer per thread; as long as the largest page of the page cache, to fill one at a time."""
 _CLONE_UNIT = 4096
 _MIN_CLONE_BYTES = 1 << 20
 _FICLONERANGE = 0x4020940D
@@ -64,12 +64,14 @@ def copy(lane: Lane, source: Extent, target_fd: int, offset: int, sha256: Hash |
         stop = low if position < low < high else end
         if low <= position < high:
             stop = high
-        part = lane.buffer[: min(BUFFER_BYTES, stop - position)]
+        # Aligned in the target: the page cache takes whole buffers as its largest pages.
+        target = offset + position - begin
+        part = lane.buffer[: min(BUFFER_BYTES - target % BUFFER_BYTES, stop - position)]
         lane.sources.read_into(part, Extent(source.path, position, len(part)))
         if sha256 is not None:
             sha256.update(part)
         if not low <= position < high:
-            write_at(target_fd, part, offset + position - begin)
+            write_at(target_fd, part, target)
         lane.tick(len(part), len(part))
         position += len(part)
 

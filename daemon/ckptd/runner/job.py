@@ -9,7 +9,6 @@ stopped, and is the caller's to remove.
 from __future__ import annotations
 
 import importlib
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from ckptd.pipeline.definition import Definition
 from ckptd.plan.plan import Plan
 from ckptd.plan.sources import Sources
 from ckptd.plan.stream import FinishedShard, Stream
-from ckptd.runner import output
+from ckptd.runner import memory, output
 from ckptd.runner.evaluator import ImportedMeanwhile
 from ckptd.runner.output import OutputFile
 from ckptd.runner.staging import Staging
@@ -118,7 +117,7 @@ async def execute(work: Work, *, report: Report) -> Outcome:
         num_shards=len(plan.shards),
         num_files=len(files),
         **tally.totals(),
-        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes=memory.used_peak_bytes(),
         duration_s=time.monotonic() - began,
         reports={
             report.stage: {"summary": report.summary, "warnings": list(report.warnings)}

@@ -1,4 +1,4 @@
-"""How much memory a job will take at most: planned from the same numbers the stream obeys.
+"""How much memory a job will take at most, and did take: planned from the same numbers the stream obeys.
 
 A fixed part for the interpreter and what is imported, a part for the headers (plans of 60,000
 tensors are not free), and the buffers in flight, which the byte budget bounds. The model's size is
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import resource
+from pathlib import Path
 
 from ckptd.plan import blocks, buffers, transfer
 from ckptd.plan.plan import Computed, Plan
@@ -39,6 +41,14 @@ def planned_peak_bytes(plan: Plan, *, byte_budget: int, num_threads: int, push: 
         in_flight = _in_flight_bytes(plan, byte_budget)
         total += TORCH_BYTES + in_flight + min(in_flight, buffers.MAX_IDLE_BYTES)
     return total
+
+
+def used_peak_bytes() -> int:
+    """Return the most resident memory this program had; getrusage counts its parent's, too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _has_xet() -> bool:
