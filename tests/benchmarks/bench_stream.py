@@ -4,7 +4,9 @@
 
 Every row is a process of its own, so that peak memory is that row's alone. Seconds are the work's
 without start-up (interpreter, imports), which has a column of its own. Of several runs the fastest
-counts: whatever else the machine does only adds.
+counts: whatever else the machine does only adds. Before each run everything written so far is
+synced, and as much memory as the run will fill is touched and freed, so that no row pays for the
+row before it or, on a virtual machine, for memory that the host has yet to give.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import mmap
+import os
 import resource
 import shutil
 import subprocess
@@ -111,8 +115,17 @@ def run_cp(source: Path, out: Path) -> dict[str, Any]:
     return {"start_s": 0.0, "work_s": time.perf_counter() - began}
 
 
+def run_cp_and_sync(source: Path, out: Path) -> dict[str, Any]:
+    """Copy the files of `source` with cp and make them durable, as our own rows do."""
+    began = time.perf_counter()
+    run_cp(source, out)
+    os.sync()
+    return {"start_s": 0.0, "work_s": time.perf_counter() - began}
+
+
 ROWS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "cp": run_cp,
+    "cp, sync": run_cp_and_sync,
     "verbatim": lambda source, out: run_stream(source, out, work="", hashing=False),
     "verbatim, sha256": lambda source, out: run_stream(source, out, work="", hashing=True),
     "resize (mean)": lambda source, out: run_stream(source, out, work="resize", hashing=False),
@@ -128,16 +141,27 @@ def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
     """Return what one run of `row` in a fresh process says, with its peak memory."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    _settle(sum(path.stat().st_size for path in source.iterdir()))
     command = [sys.executable, __file__, "--row", row, str(source), str(out)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return value
 
 
+def _settle(nbytes: int) -> None:
+    """Sync the disk, and have the memory that the page cache will need."""
+    os.sync()
+    block = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for start in range(0, nbytes, mmap.PAGESIZE):
+        block[start] = 1
+    block.close()
+
+
 def one_row(row: str, source: Path, out: Path) -> None:
     """Do one row in this process and print the result as JSON."""
     value = run_plan(source) if row == "plan" else ROWS[row](source, out)
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN if row == "cp" else resource.RUSAGE_SELF)
+    children = row.startswith("cp")
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
     value |= {"rss_mb": _peak_mb(), "cpu_s": usage.ru_utime + usage.ru_stime}
     print(json.dumps(value))
 

@@ -1,4 +1,4 @@
-"""How much memory a job will take at most, and did take: planned from the same numbers the stream obeys.
+"""How much memory a job will take at most, by the numbers the stream obeys, and how much it took.
 
 A fixed part for the interpreter and what is imported, a part for the headers (plans of 60,000
 tensors are not free), and the buffers in flight, which the byte budget bounds. The model's size is
