@@ -118,3 +118,15 @@ def test_cards_that_cannot_be_edited_are_refused(front: str) -> None:
     """Broken, foreign or aliased front matter is refused by name, with what to do."""
     with pytest.raises(errors.HubRejected, match=r"README\.md.*correct the card"):
         card.merge(f"---\n{front}---\n", tags=["y"])
+
+
+def test_our_section_is_put_once_and_replaced() -> None:
+    """The section stands at the end, is replaced where it is, and the rest keeps every byte."""
+    text = "---\ntags: [a]\n---\n# Title\n\nBody  \n"
+    once = card.with_section(text, "## Ours\n\nfirst")
+    assert once.startswith(text.rstrip())
+    assert card.with_section(once, "## Ours\n\nfirst") == once
+    edited = once + "\nwritten below\n"
+    again = card.with_section(edited, "## Ours\n\nsecond")
+    assert "first" not in again
+    assert again == edited.replace("first", "second")

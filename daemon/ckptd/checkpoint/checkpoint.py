@@ -6,7 +6,7 @@ of every weight file, so that whoever reads the bytes later can tell whether the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def _opened(
     found = weights.find(path, listing)
     config_path = _config_path(path, listing, assets)
     headers = [header.read(path / shard) for shard in found.shards]
-    tensors = _tensors(path, headers, found.weight_map)
+    tensors = tensors_of(path, headers, found.weight_map)
     side_files, left_out = _side_files(path, listing, assets)
     return Checkpoint(
         path=path,
@@ -123,6 +123,48 @@ def _opened(
         notes=found.notes,
         step=layouts.step_of(path, named.name),
     )
+
+
+def tensors_of(
+    path: Path, headers: Sequence[header.Header], weight_map: Mapping[str, str] | None
+) -> dict[str, StoredTensor]:
+    """Return the tensors of all `headers` by name, in source order, as the index says they are.
+
+    Raises:
+        CheckpointCorrupt: a tensor stands twice, index and shards disagree, or there is none.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for shard in headers:
+        for tensor in shard.tensors:
+            name = tensor.spec.name
+            if name in tensors:
+                raise CheckpointCorrupt(
+                    "stands in two shards",
+                    path=path,
+                    tensor=name,
+                    expected=tensors[name].extent.path.name,
+                    found=f"also {shard.path.name}",
+                )
+            if weight_map is not None and weight_map.get(name) != shard.path.name:
+                raise CheckpointCorrupt(
+                    "the index and the shard disagree",
+                    path=shard.path,
+                    tensor=name,
+                    expected=f"in {weight_map.get(name, 'no shard')} as the index says",
+                    found=f"in {shard.path.name}",
+                )
+            tensors[name] = tensor
+    if weight_map is not None:
+        for name, shard_name in weight_map.items():
+            if name not in tensors:
+                raise CheckpointCorrupt(
+                    "the index names it, its shard does not hold it",
+                    path=path / shard_name,
+                    tensor=name,
+                )
+    if not tensors:
+        raise CheckpointCorrupt("holds no tensors", path=path)
+    return tensors
 
 
 def identifying_files(source: Checkpoint) -> list[tuple[str, Path]]:
@@ -158,43 +200,6 @@ def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path:
         hint="name a folder that has it with `assets:` in the definition (--assets on the "
         "command line)",
     )
-
-
-def _tensors(
-    path: Path, headers: list[header.Header], weight_map: Mapping[str, str] | None
-) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for shard in headers:
-        for tensor in shard.tensors:
-            name = tensor.spec.name
-            if name in tensors:
-                raise CheckpointCorrupt(
-                    "stands in two shards",
-                    path=path,
-                    tensor=name,
-                    expected=tensors[name].extent.path.name,
-                    found=f"also {shard.path.name}",
-                )
-            if weight_map is not None and weight_map.get(name) != shard.path.name:
-                raise CheckpointCorrupt(
-                    "the index and the shard disagree",
-                    path=shard.path,
-                    tensor=name,
-                    expected=f"in {weight_map.get(name, 'no shard')} as the index says",
-                    found=f"in {shard.path.name}",
-                )
-            tensors[name] = tensor
-    if weight_map is not None:
-        for name, shard_name in weight_map.items():
-            if name not in tensors:
-                raise CheckpointCorrupt(
-                    "the index names it, its shard does not hold it",
-                    path=path / shard_name,
-                    tensor=name,
-                )
-    if not tensors:
-        raise CheckpointCorrupt("holds no tensors", path=path)
-    return tensors
 
 
 def _side_files(

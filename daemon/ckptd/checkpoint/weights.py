@@ -20,7 +20,6 @@ from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsu
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
-_SHARD = re.compile(r"^model-\d{5}-of-\d{5}\.safetensors$")
 _DISTRIBUTED = (
     "*.distcp",
     ".metadata",
@@ -44,7 +43,26 @@ class WeightFiles:
     notes: tuple[str, ...] = ()
 
 
-def find(path: Path, listing: Listing) -> WeightFiles:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """What the weight files of a set are called; sets of several variants may share a folder."""
+
+    single: str
+    index: str
+    shard: re.Pattern[str]
+
+    @classmethod
+    def of(cls, variant: str | None) -> Names:
+        """Return the names of the plain set, or of the one that `variant` (such as fp16) names."""
+        infix = "" if variant is None else f".{variant}"
+        return cls(
+            single=f"model{infix}.safetensors",
+            index=f"model.safetensors.index{infix}.json",
+            shard=re.compile(rf"^model{re.escape(infix)}-\d{{5}}-of-\d{{5}}\.safetensors$"),
+        )
+
+
+def find(path: Path, listing: Listing, *, variant: str | None = None) -> WeightFiles:
     """Return the weight files of the folder at `path`, whose files are `listing`.
 
     Raises:
@@ -52,52 +70,53 @@ def find(path: Path, listing: Listing) -> WeightFiles:
         CheckpointUnsupported: weights of a kind this version does not read.
         CheckpointCorrupt: a broken index, or two sets of weights of the same age.
     """
+    names = Names.of(variant)
     ages = {file.relpath: file.mtime_ns for file in listing.files}
-    if SINGLE_NAME not in ages and INDEX_NAME not in ages:
-        raise _no_weights(path, listing)
-    if INDEX_NAME not in ages:
-        newer = [n for n, age in ages.items() if _SHARD.match(n) and age > ages[SINGLE_NAME]]
+    if names.single not in ages and names.index not in ages:
+        raise _no_weights(path, listing, names)
+    if names.index not in ages:
+        newer = [n for n, age in ages.items() if names.shard.match(n) and age > ages[names.single]]
         if newer:
-            raise _no_index(path / newer[0])
-        return WeightFiles(shards=(SINGLE_NAME,), weight_map=None)
-    if SINGLE_NAME not in ages:
-        return _indexed(path, ages)
-    return _newer(path, ages)
+            raise _no_index(path / newer[0], names)
+        return WeightFiles(shards=(names.single,), weight_map=None)
+    if names.single not in ages:
+        return _indexed(path, ages, names)
+    return _newer(path, ages, names)
 
 
-def _newer(path: Path, ages: Mapping[str, int]) -> WeightFiles:
+def _newer(path: Path, ages: Mapping[str, int], names: Names) -> WeightFiles:
     single = WeightFiles(
-        shards=(SINGLE_NAME,),
+        shards=(names.single,),
         weight_map=None,
-        notes=(f"{INDEX_NAME} is left over from an earlier save and was ignored",),
+        notes=(f"{names.index} is left over from an earlier save and was ignored",),
     )
     try:
-        indexed = _indexed(path, ages)
+        indexed = _indexed(path, ages, names)
     except CheckpointIncomplete:
         return single
-    if indexed.shards == (SINGLE_NAME,):
+    if indexed.shards == (names.single,):
         return indexed
-    if ages[SINGLE_NAME] == ages[INDEX_NAME]:
+    if ages[names.single] == ages[names.index]:
         raise CheckpointCorrupt(
-            f"holds both {SINGLE_NAME} and a whole set of shards of the same age",
+            f"holds both {names.single} and a whole set of shards of the same age",
             path=path,
             hint="remove the set that is left over from an earlier save",
         )
-    if ages[SINGLE_NAME] > ages[INDEX_NAME]:
+    if ages[names.single] > ages[names.index]:
         return single
-    note = f"{SINGLE_NAME} is older than the index and was ignored"
+    note = f"{names.single} is older than the index and was ignored"
     return WeightFiles(shards=indexed.shards, weight_map=indexed.weight_map, notes=(note,))
 
 
-def _indexed(path: Path, ages: Mapping[str, int]) -> WeightFiles:
-    weight_map = index.read_weight_map(path / INDEX_NAME)
+def _indexed(path: Path, ages: Mapping[str, int], names: Names) -> WeightFiles:
+    weight_map = index.read_weight_map(path / names.index)
     shards = tuple(sorted(set(weight_map.values())))
     absent = [shard for shard in shards if shard not in ages]
     if absent:
         tensor = next(name for name, shard in weight_map.items() if shard == absent[0])
         raise CheckpointIncomplete(
             f"the index names shards that are not there: {', '.join(absent[:5])}",
-            path=path / INDEX_NAME,
+            path=path / names.index,
             tensor=tensor,
             expected=f"{len(shards)} shards",
             found=f"{len(shards) - len(absent)}",
@@ -106,15 +125,17 @@ def _indexed(path: Path, ages: Mapping[str, int]) -> WeightFiles:
     return WeightFiles(shards=shards, weight_map=weight_map)
 
 
-def _no_index(shard_path: Path) -> CheckpointIncomplete:
+def _no_index(shard_path: Path, names: Names) -> CheckpointIncomplete:
     return CheckpointIncomplete(
-        f"a shard, and no {INDEX_NAME} yet",
+        f"a shard, and no {names.index} yet",
         path=shard_path,
         hint="the index is written last: wait for the save to end, or save again",
     )
 
 
-def _no_weights(path: Path, listing: Listing) -> CheckpointIncomplete | CheckpointUnsupported:
+def _no_weights(
+    path: Path, listing: Listing, wanted: Names
+) -> CheckpointIncomplete | CheckpointUnsupported:
     names = [file.relpath for file in listing.files]
     candidates = [n for n in names if sidefiles.fate(n) is sidefiles.Fate.WEIGHTS]
 
@@ -122,8 +143,16 @@ def _no_weights(path: Path, listing: Listing) -> CheckpointIncomplete | Checkpoi
         hits = (n for n in among if any(fnmatch.fnmatchcase(n, p) for p in patterns))
         return next(hits, None)
 
-    if shard := next((n for n in names if _SHARD.match(n)), None):
-        return _no_index(path / shard)
+    if shard := next((n for n in names if wanted.shard.match(n)), None):
+        return _no_index(path / shard, wanted)
+    if wanted.single != SINGLE_NAME and (SINGLE_NAME in names or INDEX_NAME in names):
+        return CheckpointIncomplete(
+            "no weights of this variant",
+            path=path,
+            expected=f"{wanted.single} or {wanted.index}",
+            found="weights without a variant",
+            hint="leave `variant` out to load those",
+        )
 
     if found := first("adapter_model.safetensors", "adapter_model.bin"):
         return CheckpointUnsupported(
@@ -147,12 +176,12 @@ def _no_weights(path: Path, listing: Listing) -> CheckpointIncomplete | Checkpoi
         return CheckpointUnsupported(
             "only weights of a named variant are there",
             path=path / found,
-            hint=f"save them under the plain name {SINGLE_NAME}",
+            hint=f"save them under the plain name {SINGLE_NAME}, or load that `variant`",
         )
     return CheckpointIncomplete(
         "no weights",
         path=path,
-        expected=f"{SINGLE_NAME} or {INDEX_NAME}",
+        expected=f"{wanted.single} or {wanted.index}",
         found=", ".join(sorted(names)[:6]) or "an empty folder",
         hint="point at a folder written by save_pretrained or a Trainer",
     )

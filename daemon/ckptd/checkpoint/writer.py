@@ -21,8 +21,9 @@ TEMPORARY_PREFIX = ".ckptd-"
 class ShardWriter:
     """One file of known size, written at planned offsets, from any thread.
 
-    `open` reserves the space, `fd` takes `os.pwrite` calls, `finish` makes it durable under its
-    final name, `abandon` leaves no trace. Each is safe after the other.
+    `open` reserves the space, `fd` takes `os.pwrite` calls, `sync` makes the bytes durable under the
+    temporary name, `finish` under the final one, `abandon` leaves no trace. Each is safe after the
+    other.
     """
 
     def __init__(self, path: Path, *, nbytes: int) -> None:
@@ -52,16 +53,30 @@ class ShardWriter:
             self.abandon()
             raise translated(error, self.path, self.nbytes) from error
 
+    def sync(self) -> None:
+        """Make the bytes durable under the temporary name and close the file; `finish` names it.
+
+        Raises:
+            NoSpace, StorageFailed: the file system refused; the temporary file is removed.
+        """
+        if self._fd < 0:
+            return
+        try:
+            os.fsync(self._fd)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+        except OSError as error:
+            self.abandon()
+            raise translated(error, self.path, self.nbytes) from error
+
     def finish(self) -> None:
         """Sync, rename and sync the folder; the file stands under its name when this returns.
 
         Raises:
             NoSpace, StorageFailed: the file system refused; the temporary file is removed.
         """
+        self.sync()
         try:
-            os.fsync(self._fd)
-            fd, self._fd = self._fd, -1
-            os.close(fd)
             self._temporary.rename(self.path)
             sync_folder(self.path.parent)
         except OSError as error:

@@ -24,6 +24,8 @@ from ckptd import errors
 CARD_NAME = "README.md"
 LIBRARY = "transformers"
 
+_SECTION_BEGIN = "<!-- ckptd: what was verified; written anew with each publication -->"
+_SECTION_END = "<!-- ckptd: end -->"
 _FRONT_MATTER = re.compile(
     r"\A(?P<open>\ufeff?\s*---[ \t]*(?P<eol>\r\n|\n))(?P<yaml>.*?)(?P<close>^---[ \t]*(?:\r?\n|\Z))",
     re.DOTALL | re.MULTILINE,
@@ -58,6 +60,19 @@ def merge(text: str | None, *, tags: Sequence[str], library: str = LIBRARY, name
     if front == before:
         return text
     return match["open"] + front.replace("\n", eol) + match["close"] + text[match.end() :]
+
+
+def with_section(text: str, section: str) -> str:
+    """Return the card with ckptd's own section at its end, or in the place of an earlier one.
+
+    Comments mark where it begins and ends; everything outside of them keeps every byte. Calling it
+    on its own result with the same section changes nothing.
+    """
+    own = f"{_SECTION_BEGIN}\n{section.strip()}\n{_SECTION_END}"
+    begin, end = text.find(_SECTION_BEGIN), text.find(_SECTION_END)
+    if 0 <= begin < end:
+        return text[:begin] + own + text[end + len(_SECTION_END) :]
+    return f"{text.rstrip()}\n\n{own}\n"
 
 
 def _load(front: str) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class Preflight:
         self._attempts = attempts
         self._revision = target.revision or push.MAIN
         self._local_card: str | None = None
+        self.card_section: str | None = None
+        """What ckptd itself says in the card, where it says anything."""
         self._valid_card: str | None = None
 
     async def run(self) -> str:
@@ -68,11 +70,13 @@ class Preflight:
         """
         repo_id, tags = self._target.repo_id, self._target.card_tags
         there = None if head is None else await self._attempts.run(lambda: self._read_card(head))
-        if there is None and self._local_card is None and not tags:
+        if there is None and self._local_card is None and not (tags or self.card_section):
             return None
         base = there if there is not None else self._local_card
         try:
             merged = card.merge(base, tags=tags, name=repo_id.rpartition("/")[2])
+            if self.card_section is not None:
+                merged = card.with_section(merged, self.card_section)
         except errors.HubRejected as exc:
             where = f"{self._revision}: {exc.message}"
             raise errors.HubRejected(where, repo_id=repo_id, hint=exc.hint) from exc

@@ -100,8 +100,12 @@ class Publisher:
         if not _is_small(file) and file not in self._records:
             self._records[file] = await self._send(file)
 
-    async def commit(self, files: Sequence[LocalFile]) -> Publication:
+    async def commit(
+        self, files: Sequence[LocalFile], *, card_section: str | None = None
+    ) -> Publication:
         """Make the one commit of exactly `files` and return it, verified and tagged.
+
+        `card_section` is what ckptd itself says in the model card, see `card.with_section`.
 
         Files that were not uploaded yet are. With `create_pr`, a revision that already holds
         exactly these files gets no pull request. Safe to call again after any failure.
@@ -112,6 +116,7 @@ class Publisher:
             errors.HubConflict, errors.HubUnavailable: not now; nothing half-published.
         """
         self._checks.take_local_card(files)
+        self._checks.card_section = card_section
         files = [file for file in files if not preflight.is_card(file)]
         records = await self._gather(files)
         if not self._target.create_pr:

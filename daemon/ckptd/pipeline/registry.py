@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ckptd.pipeline.stage import Stage
-from ckptd.pipeline.stages import cast, footprint, reshard, resize, tie
+from ckptd.pipeline.stages import cast, footprint, reshard, resize, tie, verify
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for stage in (tie.STAGE, resize.STAGE, cast.STAGE, footprint.STAGE, reshard.STAGE)
+    for stage in (tie.STAGE, resize.STAGE, cast.STAGE, footprint.STAGE, reshard.STAGE, verify.STAGE)
 }

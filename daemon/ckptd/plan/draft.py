@@ -28,13 +28,29 @@ class StageReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What shall be checked on the written output before it is published.
+
+    `tokens` are ids to run, empty for a fixed sequence; `tolerance` is the largest difference of
+    logits as a share of the largest one; `on_failure` is `fail`, `hold_push` or `warn`.
+    """
+
+    forward: bool
+    tokens: tuple[int, ...]
+    compare: bool
+    tolerance: float
+    generate: int
+    on_failure: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
     """The output so far.
 
     `max_shard_bytes` None keeps the source's division into files; `home` says in which source
     file a tensor lay. `config` is a fresh dict in each draft that changes it. `undecided` names
     tensors that may still go away when contents are compared. `hold_push` is a reason not to
-    publish.
+    publish; `verification` is asked of the output before it is.
     """
 
     tensors: Mapping[str, Expression]
@@ -46,6 +62,7 @@ class Draft:
     max_shard_bytes: int | None = None
     undecided: frozenset[str] = frozenset()
     hold_push: str | None = None
+    verification: Verification | None = None
     reports: tuple[StageReport, ...] = ()
 
     @property

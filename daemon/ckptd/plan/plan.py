@@ -20,7 +20,7 @@ from ckptd.checkpoint import header, index
 from ckptd.checkpoint.checkpoint import SideFile
 from ckptd.checkpoint.header import Extent, TensorSpec
 from ckptd.plan import expression, shards
-from ckptd.plan.draft import Draft, StageReport
+from ckptd.plan.draft import Draft, StageReport, Verification
 from ckptd.plan.expression import Concat, Expression, Load
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -76,6 +76,7 @@ class Plan:
     side_files: tuple[SideFile, ...]
     reports: tuple[StageReport, ...]
     hold_push: str | None
+    verification: Verification | None = None
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -159,6 +160,7 @@ def make(draft: Draft) -> Plan:
         side_files=draft.side_files,
         reports=draft.reports,
         hold_push=draft.hold_push,
+        verification=draft.verification,
     )
     if len(planned) < 2:
         return plan

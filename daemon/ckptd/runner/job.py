@@ -8,6 +8,7 @@ stopped, and is the caller's to remove.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 from collections.abc import Callable
@@ -77,7 +78,9 @@ class Push(Protocol):
     async def upload(self, file: OutputFile) -> None:
         """Send one finished file; may be called concurrently and again."""
 
-    async def commit(self, files: tuple[OutputFile, ...]) -> dict[str, Any]:
+    async def commit(
+        self, files: tuple[OutputFile, ...], *, card_section: str | None = None
+    ) -> dict[str, Any]:
         """Publish exactly these files; return the fields of an `Outcome`."""
 
 
@@ -103,11 +106,14 @@ async def execute(work: Work, *, report: Report) -> Outcome:
         await push.open()
     staging = Staging(work.work_path)
     async with tally.sampling():
-        files, reused = await _produce(work, source, plan, staging, push, tally)
+        made = await _produce(work, source, plan, staging, push, tally)
+        plan = made.plan
         published: dict[str, Any] = {}
+        if plan.hold_push is not None:
+            push = None
         if push is not None:
             tally.enter(Phase.COMMITTING)
-            published = await push.commit(files)
+            published = await push.commit(made.files, card_section=made.card_section)
     tally.enter(Phase.FINISHING)
     kept_path = await to_thread.run_sync(lambda: output.keep(staging, work.output_path))
     return Outcome(
@@ -115,7 +121,7 @@ async def execute(work: Work, *, report: Report) -> Outcome:
         **(published if push is not None else {"reason": _why_held(work, plan)}),
         output_path=None if push is not None and work.output_path is None else str(kept_path),
         num_shards=len(plan.shards),
-        num_files=len(files),
+        num_files=len(made.files),
         **tally.totals(),
         peak_bytes=memory.used_peak_bytes(),
         duration_s=time.monotonic() - began,
@@ -124,7 +130,7 @@ async def execute(work: Work, *, report: Report) -> Outcome:
             | dict(report.facts)
             for report in plan.reports
         }
-        | {"job": {"reused_shards": reused}},
+        | {"job": {"reused_shards": made.num_reused}},
     )
 
 
@@ -150,6 +156,16 @@ def open_source(work: Work) -> Checkpoint:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """The finished output; `plan` with what was found in it."""
+
+    files: tuple[OutputFile, ...]
+    num_reused: int
+    plan: Plan
+    card_section: str | None
+
+
 async def _produce(
     work: Work,
     source: Checkpoint,
@@ -157,7 +173,7 @@ async def _produce(
     staging: Staging,
     push: Push | None,
     tally: Tally,
-) -> tuple[tuple[OutputFile, ...], int]:
+) -> _Made:
     """Make every output file in the staging folder, uploading each as soon as it is durable."""
     finished = await to_thread.run_sync(lambda: staging.resume(plan, hashed=push is not None))
     tally.enter(Phase.STREAMING)
@@ -175,7 +191,11 @@ async def _produce(
 
             shards = await stream.run(finished=finished, on_shard=on_shard)
             small = await to_thread.run_sync(
-                lambda: output.write_side_files(
+                lambda: output.write_side_files(staging.out_path, plan=plan)
+            )
+            plan, card_section = await _verified(work, source, plan, staging, tally)
+            provenance = await to_thread.run_sync(
+                lambda: output.write_provenance(
                     staging.out_path,
                     source=source,
                     plan=plan,
@@ -188,11 +208,43 @@ async def _produce(
                     ),
                 )
             )
-            if push is not None:
+            small = (*small, provenance)
+            if push is not None and plan.hold_push is None:
                 tally.enter(Phase.UPLOADING)
                 for file in small:
                     uploads.start_soon(push.upload, file)
-    return (*(output.of_shard(shard) for shard in shards), *small), len(finished)
+    files = (*(output.of_shard(shard) for shard in shards), *small)
+    return _Made(files=files, num_reused=len(finished), plan=plan, card_section=card_section)
+
+
+async def _verified(
+    work: Work, source: Checkpoint, plan: Plan, staging: Staging, tally: Tally
+) -> tuple[Plan, str | None]:
+    """Return the plan with the verdict on its output, and what the model card says of it.
+
+    Raises:
+        CheckFailed: something is wrong, and the definition says that the job fails then.
+    """
+    wanted = plan.verification
+    if wanted is None:
+        return plan, None
+    tally.enter(Phase.VERIFYING)
+    verification = await to_thread.run_sync(importlib.import_module, "ckptd.runner.verification")
+    verdict = await to_thread.run_sync(
+        lambda: verification.verify(
+            staging.out_path,
+            wanted,
+            source_path=source.path,
+            device=work.definition.device,
+            check=from_thread.check_cancelled,
+        )
+    )
+    tally.warned(verdict.report)
+    hold = plan.hold_push
+    if verdict.problems and wanted.on_failure == "hold_push":
+        hold = f"verify: {verdict.report.summary}"
+    reports = tuple(verdict.report if r.stage == "verify" else r for r in plan.reports)
+    return dataclasses.replace(plan, reports=reports, hold_push=hold), verdict.card_section
 
 
 async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:

@@ -58,12 +58,9 @@ def of_shard(shard: FinishedShard) -> OutputFile:
 def write_side_files(
     folder: Path,
     *,
-    source: Checkpoint,
     plan: Plan,
-    shards: Sequence[FinishedShard],
-    provenance: Provenance,
 ) -> tuple[OutputFile, ...]:
-    """Put everything but the weights into `folder`, the index and the provenance last.
+    """Put what a reader of the model needs beside the weights into `folder`, the index last.
 
     Raises:
         NoSpace, StorageFailed: the folder cannot be written.
@@ -74,15 +71,30 @@ def write_side_files(
     index = plan.index
     if index is not None:
         contents.append((INDEX_NAME, lambda: index))
-    contents.append((PROVENANCE_NAME, lambda: _encode(provenance, source, plan, shards)))
-    written = []
-    for name, content in contents:
-        path = folder / name
-        writer.make_folder(path.parent)
-        raw = content()
-        writer.write_file(path, raw)
-        written.append(OutputFile(path=path, name=name, nbytes=len(raw), sha256=None))
-    return tuple(written)
+    return tuple(_written(folder, name, content()) for name, content in contents)
+
+
+def write_provenance(
+    folder: Path,
+    *,
+    source: Checkpoint,
+    plan: Plan,
+    shards: Sequence[FinishedShard],
+    provenance: Provenance,
+) -> OutputFile:
+    """Put `ckptd.json` into `folder`.
+
+    Raises:
+        NoSpace, StorageFailed: the folder cannot be written.
+    """
+    return _written(folder, PROVENANCE_NAME, _encode(provenance, source, plan, shards))
+
+
+def _written(folder: Path, name: str, content: bytes) -> OutputFile:
+    path = folder / name
+    writer.make_folder(path.parent)
+    writer.write_file(path, content)
+    return OutputFile(path=path, name=name, nbytes=len(content), sha256=None)
 
 
 def _read(file: SideFile) -> bytes:

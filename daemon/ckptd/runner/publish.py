@@ -68,14 +68,20 @@ class HubPush:
         """
         await self._publisher.upload(_local(file))
 
-    async def commit(self, files: tuple[OutputFile, ...]) -> dict[str, Any]:
+    async def commit(
+        self, files: tuple[OutputFile, ...], *, card_section: str | None = None
+    ) -> dict[str, Any]:
         """Make the one commit, verify and tag it; return the fields of an `Outcome`.
+
+        `card_section` is what ckptd says of the model in its card.
 
         Raises:
             HubError: after the publisher's own retries; nothing half-published.
             CheckFailed: what stands on the Hub is not what was sent.
         """
-        made = await self._publisher.commit([_local(file) for file in files])
+        made = await self._publisher.commit(
+            [_local(file) for file in files], card_section=card_section
+        )
         fields = ("repo_id", "revision", "commit", "commit_url", "pr_num", "pr_url", "git_tag")
         outcome = {field: getattr(made, field) for field in fields}
         if not made.created:

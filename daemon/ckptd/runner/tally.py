@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from ckptd.jobs import progress
+from ckptd.plan.draft import StageReport
 from ckptd.plan.plan import Plan
 from ckptd.plan.stream import FinishedShard, Meter
 from ckptd.telemetry.status import Counter, Counters, Phase
@@ -49,8 +50,12 @@ class Tally:
         small = [len(plan.config), len(plan.index or b""), *(f.nbytes for f in plan.side_files)]
         self._upload_bytes = plan.output_bytes + sum(small)
         for stage in plan.reports:
-            for warning in stage.warnings:
-                self._report(progress.Warned(text=f"{stage.stage}: {warning}"))
+            self.warned(stage)
+
+    def warned(self, stage: StageReport) -> None:
+        """A stage has something to say."""
+        for warning in stage.warnings:
+            self._report(progress.Warned(text=f"{stage.stage}: {warning}"))
 
     def reused(self, shards: Collection[FinishedShard]) -> None:
         """These files were finished by an earlier attempt; comes after `planned`."""

@@ -1,0 +1,198 @@
+"""Looking at the output before it is published: does it load, is it finite, does it run?
+
+Blocking; loads the model with the model layer, which is imported on use. The source is loaded only
+to be compared with, after the output was let go, so that two models are never in memory at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ckptd.errors import CheckFailed
+from ckptd.plan.draft import StageReport, Verification
+
+_NUM_TOKENS = 16
+_LISTED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was found: `problems` is empty where all is well."""
+
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def card_section(self) -> str:
+        """What the model card says of it, in Markdown."""
+        lines = ["## Verified before publication", "", f"ckptd: {self.report.summary}."]
+        compared = self.facts.get("difference")
+        if compared is not None:
+            lines.append(
+                f"Largest difference to the source's logits: {compared['largest']:.3g} "
+                f"(largest logit {compared['largest_logit']:.3g})."
+            )
+        if "generated" in self.facts:
+            tokens = " ".join(map(str, self.facts["generated"]))
+            lines.append(f"Greedy continuation, prompt included, as token ids: {tokens}")
+        return "\n".join(lines)
+
+    @property
+    def report(self) -> StageReport:
+        """The verdict as the report of the stage."""
+        summary = "; ".join(self.problems) or "loads and is finite" + (
+            ", runs" if "logits" in self.facts else ""
+        )
+        return StageReport(
+            stage="verify",
+            summary=summary,
+            facts=self.facts,
+            warnings=(*self.problems, *self.notes),
+        )
+
+
+def verify(
+    folder: Path,
+    wanted: Verification,
+    *,
+    source_path: Path,
+    device: str,
+    check: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """Return what was found in the finished output in `folder`.
+
+    `source_path` is the checkpoint that the output was made from; `device` is where the model is
+    loaded; `check` is called between steps and may raise to stop.
+
+    Raises:
+        CheckFailed: something is wrong and the definition says `on_failure: fail`.
+    """
+    torch: Any = importlib.import_module("torch")
+    chosen = importlib.import_module("ckptd.plan.evaluate").choose_device(device)
+    found = _Findings()
+    with torch.inference_mode():
+        logits, ids = _examine(folder, wanted, chosen, found, check)
+        if wanted.compare and logits is not None and not found.problems:
+            check()
+            _compare(logits, _source_logits(source_path, ids, chosen), wanted.tolerance, found)
+    verdict = Verdict(
+        problems=tuple(found.problems), notes=tuple(found.notes), facts=dict(found.facts)
+    )
+    if verdict.problems and wanted.on_failure == "fail":
+        raise CheckFailed(
+            "; ".join(verdict.problems),
+            check="verify",
+            hint="look at the output with -o, or set on_failure: hold_push to keep it unpublished",
+        )
+    return verdict
+
+
+@dataclass(slots=True)
+class _Findings:
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _examine(
+    folder: Path, wanted: Verification, device: str, found: _Findings, check: Callable[[], None]
+) -> tuple[Any, Any]:
+    """Load and run the output; return its logits on the host, where it has any, and the tokens."""
+    try:
+        model, info = _load(folder, device)
+    except (OSError, RuntimeError, ValueError) as error:
+        found.problems.append(f"it does not load: {error}")
+        return None, None
+    check()
+    found.facts["parameters"] = model.num_parameters()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info[kind])
+        if names:
+            found.problems.append(f"{kind.replace('_', ' ')}: {_some(names)}")
+    _check_finite(model, found)
+    if not wanted.forward or found.problems:
+        return None, None
+    ids = _tokens(model, wanted, device)
+    try:
+        output = model(**{model.main_input_name: ids, **_decoder_input(model, ids)})
+    except NotImplementedError as error:
+        found.notes.append(f"not run: {error}")
+        return None, None
+    logits = output[0].float().cpu()
+    found.facts["logits"] = {"shape": list(logits.shape)}
+    if not bool(logits.isfinite().all()):
+        found.problems.append("a forward gives values that are not finite")
+    check()
+    if wanted.generate and model.can_generate() and not found.problems:
+        made = model.generate(ids, max_new_tokens=wanted.generate, do_sample=False)
+        found.facts["generated"] = made[0].tolist()
+    return logits, ids
+
+
+def _load(folder: Path, device: str) -> tuple[Any, Any]:
+    """Return the model of the class that config.json names, and the loading report."""
+    auto: Any = importlib.import_module("ckptd.models.auto")
+    registry: Any = importlib.import_module("ckptd.models.registry")
+    config = auto.AutoConfig.from_pretrained(folder)
+    names = getattr(config, "architectures", None) or [""]
+    cls = registry.find_class(names[0]) or auto.AutoModel
+    loaded: tuple[Any, Any] = cls.from_pretrained(folder, output_loading_info=True, device=device)
+    return loaded
+
+
+def _source_logits(path: Path, ids: Any, device: str) -> Any:
+    model, _ = _load(path, device)
+    output = model(**{model.main_input_name: ids, **_decoder_input(model, ids)})
+    return output[0].float().cpu()
+
+
+def _compare(logits: Any, source: Any, tolerance: float, found: _Findings) -> None:
+    """Note how far the logits are from the source's, on the vocabulary that both have."""
+    width = min(logits.shape[-1], source.shape[-1])
+    ours, theirs = logits[..., :width], source[..., :width]
+    difference = float((ours - theirs).abs().max())
+    largest = float(theirs.abs().max())
+    found.facts["difference"] = {"largest": difference, "largest_logit": largest}
+    if difference > tolerance * max(largest, 1e-30):
+        found.problems.append(
+            f"logits differ from the source's by {difference:.3g} where the largest is "
+            f"{largest:.3g} (tolerance {tolerance:g} of it)"
+        )
+
+
+def _check_finite(model: Any, found: _Findings) -> None:
+    bad = [
+        name
+        for name, value in model.named_parameters()
+        if value.is_floating_point() and not bool(value.float().isfinite().all())
+    ]
+    if bad:
+        found.problems.append(f"values that are not finite in {_some(bad)}")
+
+
+def _tokens(model: Any, wanted: Verification, device: str) -> Any:
+    """Return the input to run: the tokens asked for, else a fixed sequence, or a grey picture."""
+    torch: Any = importlib.import_module("torch")
+    config = model.config
+    if model.main_input_name == "pixel_values":
+        size = (1, config.num_channels, config.image_size, config.image_size)
+        return torch.full(size, 0.5, dtype=model.dtype, device=device)
+    size = int(config.get_text_config().vocab_size)
+    tokens = wanted.tokens or tuple((7 * n + 1) % size for n in range(_NUM_TOKENS))
+    return torch.tensor([[token % size for token in tokens]], device=device)
+
+
+def _decoder_input(model: Any, ids: Any) -> dict[str, Any]:
+    if getattr(model.config, "is_encoder_decoder", False):
+        return {"decoder_input_ids": ids}
+    return {}
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

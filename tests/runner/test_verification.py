@@ -1,0 +1,104 @@
+"""The stage `verify`: what is published was loaded, found finite, and run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from ckptd import errors
+from ckptd.jobs.job import State
+from tests.runner.conftest import Bench
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Bench:
+    """A real tiny Llama with a tokenizer-less folder, as a Trainer would leave it."""
+    path = tmp_path / "runs" / "checkpoint-3"
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    (path / "trainer_state.json").write_text('{"global_step": 3}')
+    return Bench(source=path, root=tmp_path)
+
+
+def spoil(folder: Path, name: str, value: float) -> None:
+    """Put a value into a tensor of a checkpoint."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state[name].view(-1)[0] = value
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def test_a_good_model_is_loaded_run_and_compared(llama: Bench) -> None:
+    """After a resize the logits are the source's, and the report holds what was generated."""
+    outcome = llama.run(
+        "- tie\n- resize: {to: 64}\n- reshard: {max_shard_size: 20KB}\n"
+        "- verify: {compare: true, tolerance: 1.0e-6, generate: 3}"
+    )
+    assert outcome.state is State.HELD  # not pushed, as asked
+    found = outcome.reports["verify"]
+    assert found["logits"]["shape"] == [1, 16, 64]
+    assert found["difference"]["largest"] <= 1e-6
+    assert len(found["generated"]) == 19
+    stages = json.loads((llama.out / "ckptd.json").read_text())["pipeline"]["stages"]
+    assert stages[-1]["facts"]["generated"] == found["generated"]
+
+
+def test_values_that_are_not_finite_fail_the_job(llama: Bench) -> None:
+    """The tensor is named; nothing lands under the output's name."""
+    spoil(llama.source, "model.layers.1.mlp.up_proj.weight", float("nan"))
+    with pytest.raises(errors.CheckFailed, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        llama.run("- verify")
+    assert not llama.out.exists()
+
+
+def test_a_held_push_says_why(llama: Bench) -> None:
+    """With hold_push the output is kept and the reason is the verdict."""
+    spoil(llama.source, "lm_head.weight", float("inf"))
+    outcome = llama.run("- verify: {on_failure: hold_push}")
+    assert outcome.state is State.HELD
+    assert outcome.reason is not None
+    assert "lm_head.weight" in outcome.reason
+
+
+def test_a_warning_goes_on(llama: Bench) -> None:
+    """With warn the job ends as it would have, with the verdict in its report."""
+    spoil(llama.source, "lm_head.weight", float("inf"))
+    outcome = llama.run("- verify: {on_failure: warn}")
+    assert "lm_head.weight" in outcome.reports["verify"]["warnings"][0]
+
+
+def test_another_model_than_the_source_is_noticed(llama: Bench) -> None:
+    """A cast that costs more than the tolerance fails, with both figures."""
+    with pytest.raises(errors.CheckFailed, match="tolerance"):
+        llama.run("- cast: {dtype: bfloat16}\n- verify: {compare: true, tolerance: 1.0e-9}")
+
+
+def test_missing_tensors_are_named(llama: Bench) -> None:
+    """A checkpoint that lacks a tensor is found out."""
+    path = llama.source / "model.safetensors"
+    state = load_file(path)
+    del state["model.norm.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(errors.CheckFailed, match=r"missing keys: model\.norm\.weight"):
+        llama.run("- verify")
+
+
+def test_an_architecture_that_does_not_run_here_is_loaded_all_the_same(llama: Bench) -> None:
+    """Without a native module the tensors are checked, and the report says that nothing ran."""
+    path = llama.source / "config.json"
+    config = json.loads(path.read_text()) | {
+        "architectures": ["StrangeForCausalLM"],
+        "model_type": "strange",
+    }
+    path.write_text(json.dumps(config))
+    outcome = llama.run("- verify")
+    assert any("StrangeForCausalLM" in text for text in outcome.reports["verify"]["warnings"])
