@@ -81,7 +81,7 @@ def one_row(loader: str, after: str, folder: Path, device: str) -> None:
 
     torch.set_num_threads(2)
     if loader == "transformers":
-        import transformers.models.llama.modeling_llama
+        import transformers.models.llama.modeling_llama  # noqa: F401
     elif loader == "ckptd":
         import ckptd.models.native.llama  # noqa: F401
     began = time.perf_counter()

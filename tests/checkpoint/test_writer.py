@@ -161,3 +161,18 @@ def test_a_descriptor_is_closed_once(tmp_path: Path, monkeypatch: Any) -> None:
         shard.finish()
     assert closed.count(fd) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_synced_file_waits_for_its_name(tmp_path: Path) -> None:
+    """`sync` closes it, durable, under the temporary name; only `finish` replaces the old one."""
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    shard = ShardWriter(path, nbytes=3)
+    shard.open()
+    os.pwrite(shard.fd, b"new", 0)
+    shard.sync()
+    shard.sync()
+    assert (path.read_bytes(), shard.fd) == (b"old", -1)
+    shard.finish()
+    assert path.read_bytes() == b"new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]

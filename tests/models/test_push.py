@@ -16,8 +16,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants, sn
 from starlette.requests import Request
 
 from ckptd import errors
+from ckptd.hub.blocking import BlockingPublisher
 from ckptd.hub.local.traffic import Fault
 from ckptd.models import push, saved_files, saving
+from ckptd.models.native import llama
 
 REPO = "acme/tiny"
 SIZES: dict[str, Any] = {
@@ -130,6 +132,20 @@ def test_a_push_is_one_commit_that_transformers_loads(bench: Bench) -> None:
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     for name, tensor in pushed.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_native_model_is_pushed_with_its_tags(bench: Bench) -> None:
+    """`add_model_tags`, then `push_to_hub`: the card has them, and transformers loads the repo."""
+    native = llama.LlamaForCausalLM(llama.LlamaConfig(**SIZES))
+    native.add_model_tags("ours")
+    native.push_to_hub(REPO, token=bench.token, max_shard_size="40KB", tags=["ours", "new"])
+    assert "tags:\n- ours\n- new\n---" in bench.card()
+    loaded, report = transformers.LlamaForCausalLM.from_pretrained(
+        bench.download(), output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for name, tensor in native.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
 
 
@@ -285,6 +301,13 @@ def test_an_upload_that_fails_for_good_stops_the_push(bench: Bench) -> None:
 def test_a_failing_save_commits_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error between two shards: no commit, and the error is the caller's to see."""
     pushed = model()
+    upload = BlockingPublisher.upload
+
+    def awaited(self: Any, file: Any) -> None:
+        upload(self, file)
+        self._uploads[file].result()  # or its thread would still be busy when the Hub is gone
+
+    monkeypatch.setattr(BlockingPublisher, "upload", awaited)
     real = saved_files.report
 
     def failing(path: Path) -> None:

@@ -63,3 +63,24 @@ def test_without_a_limit_the_sources_division_stays() -> None:
     assert shards.by_home(tensors) == [["a"], ["b", "c"]]
     assert shards.file_names(2)[1] == "model-00002-of-00002.safetensors"
     assert shards.file_names(1) == ["model.safetensors"]
+
+
+def test_a_variant_stands_in_every_name() -> None:
+    """After the stem of weight files, before the last suffix of the index."""
+    assert shards.file_names(1, variant="fp16") == ["model.fp16.safetensors"]
+    assert shards.file_names(2, variant="fp16")[0] == "model.fp16-00001-of-00002.safetensors"
+    assert shards.index_name() == "model.safetensors.index.json"
+    assert shards.index_name(variant="fp16") == "model.safetensors.index.fp16.json"
+    assert shards.file_names(1, stem="adapter_model") == ["adapter_model.safetensors"]
+
+
+def test_names_belong_to_one_variant() -> None:
+    """A save knows the names of its own variant, and no others."""
+    own = [*shards.file_names(1), *shards.file_names(3), shards.index_name()]
+    variant = [*shards.file_names(1, variant="a"), *shards.file_names(3, variant="a")]
+    variant.append(shards.index_name(variant="a"))
+    assert all(shards.is_weight_name(name) for name in own)
+    assert not any(shards.is_weight_name(name) for name in variant)
+    assert all(shards.is_weight_name(name, variant="a") for name in variant)
+    assert not any(shards.is_weight_name(name, variant="a") for name in own)
+    assert not shards.is_weight_name("model.safetensors.bak")

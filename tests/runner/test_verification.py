@@ -102,3 +102,17 @@ def test_an_architecture_that_does_not_run_here_is_loaded_all_the_same(llama: Be
     path.write_text(json.dumps(config))
     outcome = llama.run("- verify")
     assert any("StrangeForCausalLM" in text for text in outcome.reports["verify"]["warnings"])
+
+
+def test_an_architecture_that_only_transformers_runs_is_run_there(tmp_path: Path) -> None:
+    """With the extra installed the forward is transformers', and the logits are compared."""
+    path = tmp_path / "runs" / "checkpoint-4"
+    config = transformers.CohereConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    transformers.CohereForCausalLM(config).save_pretrained(path)
+    bench = Bench(source=path, root=tmp_path)
+    outcome = bench.run("- resize: {to: 64}\n- verify: {compare: true, tolerance: 1.0e-5}")
+    assert outcome.reports["verify"]["forward"] == "transformers"
+    assert outcome.reports["verify"]["difference"]["largest"] < 1e-5

@@ -18,7 +18,7 @@ import importlib.util
 import re
 
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 """What runs here. The flash names run through `sdpa`, whose CUDA kernels are the same algorithm."""
@@ -132,7 +132,7 @@ def _eager(
     if mask is not None:
         scores_BHTS = scores_BHTS + _additive(mask, scores_BHTS.dtype)
     weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
-    weights_BHTS = F.dropout(weights_BHTS, p=rate, training=rate > 0)
+    weights_BHTS = functional.dropout(weights_BHTS, p=rate, training=rate > 0)
     out_BHTD = torch.matmul(weights_BHTS, value_BHSD)
     return out_BHTD.transpose(1, 2).contiguous(), weights_BHTS
 
@@ -155,7 +155,7 @@ def _sdpa(
         query_BKGD = query_BHTD.view(batch, groups, share, -1)
         if mask is not None and mask.dim() == 4 and mask.shape[1] == heads:
             mask = mask.view(mask.shape[0], groups, share, -1)
-        out_BKGD = F.scaled_dot_product_attention(
+        out_BKGD = functional.scaled_dot_product_attention(
             query_BKGD, key_BKSD, value_BKSD, attn_mask=mask, dropout_p=rate, scale=scale
         )
         return out_BKGD.reshape(batch, heads, 1, -1)
@@ -164,7 +164,7 @@ def _sdpa(
         # Kernels that take a mask and grouped heads together are rare; torch would fall back.
         key_BKSD = key_BKSD.repeat_interleave(share, dim=1)
         value_BKSD = value_BKSD.repeat_interleave(share, dim=1)
-    return F.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         query_BHTD,
         key_BKSD,
         value_BKSD,

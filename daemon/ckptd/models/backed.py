@@ -35,6 +35,9 @@ class BackedModel(PreTrainedModel):
     """
 
     config_class = PreTrainedConfig
+    _keeps_architectures = True
+    """Saving writes the architecture that the checkpoint names, not this class."""
+    _is_loaded_from_checkpoint = True
 
     def __init__(self, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> None:
         """Make the modules that the names of `stored` tensors say, without values."""

@@ -55,6 +55,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
     _supports_sdpa: ClassVar[bool] = False
     _supports_assign_param_buffer: ClassVar[bool] = True
     _auto_class: ClassVar[str | None] = None
+    _is_loaded_from_checkpoint: bool = False
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__()

@@ -15,16 +15,20 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 
-def gather(model: Any) -> dict[str, bytes]:
-    """Return file name -> content of the code to save, and set `model.config.auto_map` for it.
+def gather(owner: Any, config: Any) -> dict[str, bytes]:
+    """Return file name -> content of the code to save, and name the class in `config.auto_map`.
 
     Empty for a class that is not registered, and, with a warning, for one defined in `__main__` or
     without a source file: nobody could import it.
+
+    Args:
+        owner: a model or a configuration whose class may have an `_auto_class`.
+        config: the configuration that is saved with it.
     """
-    auto_class = getattr(model, "_auto_class", None)
+    auto_class = getattr(owner, "_auto_class", None)
     if auto_class is None:
         return {}
-    kind = type(model)
+    kind = type(owner)
     source = getattr(sys.modules.get(kind.__module__), "__file__", None)
     if kind.__module__ == "__main__" or source is None:
         _log.warning(
@@ -34,8 +38,8 @@ def gather(model: Any) -> dict[str, bytes]:
         )
         return {}
     module_name = kind.__module__.rpartition(".")[2]
-    known: dict[str, str] = getattr(model.config, "auto_map", None) or {}
-    model.config.auto_map = known | {auto_class: f"{module_name}.{kind.__name__}"}
+    known: dict[str, str] = getattr(config, "auto_map", None) or {}
+    config.auto_map = known | {auto_class: f"{module_name}.{kind.__name__}"}
     return {path.name: path.read_bytes() for path in _with_neighbours(Path(source))}
 
 

@@ -223,11 +223,11 @@ def _require_absent(arguments: dict[str, Any]) -> None:
 def _start(model: Any, request: Request) -> sampling.Start:
     """Return what the processors must know: lengths, endings, and where each row's padding stops."""
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-    mask_BT = request.model_kwargs.get(name)
-    masked = mask_BT is not None and mask_BT.shape == request.ids.shape
+    mask_BT: Any = request.model_kwargs.get(name)
+    fits = isinstance(mask_BT, torch.Tensor) and mask_BT.shape == request.ids.shape
     return sampling.Start(
         num_tokens=request.ids.shape[1],
-        left_padding=(mask_BT != 0).int().argmax(dim=1) if masked else None,
+        left_padding=mask_BT.ne(0).int().argmax(dim=1) if fits else None,
         eos_tokens=request.eos_tokens,
     )
 

@@ -43,9 +43,8 @@ def causal_mask(
         return _own(attention_mask[..., -num_keys:], dtype, implementation)
     first_key = past + num_queries - num_keys
     padding_BS = _padding(attention_mask, first_key, num_keys, device)
-    sequence_BT = None
-    if position_ids is not None and attention_mask is None and past == 0:
-        sequence_BT = _packed(position_ids)
+    is_bare = attention_mask is None and past == 0
+    sequence_BT = _packed(position_ids) if is_bare and position_ids is not None else None
     if window is not None and num_keys <= window:
         window = None
     hides_nothing = padding_BS is None and sequence_BT is None and window is None
@@ -56,12 +55,7 @@ def causal_mask(
     seen = key_S <= query_T1
     if window is not None:
         seen = seen & (key_S > query_T1 - window)
-    seen = seen[None, None]
-    if padding_BS is not None:
-        seen = seen & padding_BS[:, None, None, :]
-    if sequence_BT is not None:
-        seen = seen & (sequence_BT[:, None, :, None] == sequence_BT[:, None, None, :])
-    return _as(seen, dtype, implementation)
+    return _as(_narrowed(seen[None, None], padding_BS, sequence_BT), dtype, implementation)
 
 
 def bidirectional_mask(
@@ -109,6 +103,17 @@ def _padding(
     if not torch.compiler.is_compiling() and bool(padding_BS.all()):
         return None
     return padding_BS
+
+
+def _narrowed(
+    seen: torch.Tensor, padding_BS: torch.Tensor | None, sequence_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """What is seen (B, 1, T, S) when padding and other packed sequences are hidden too."""
+    if padding_BS is not None:
+        seen = seen & padding_BS[:, None, None, :]
+    if sequence_BT is not None:
+        seen = seen & (sequence_BT[:, None, :, None] == sequence_BT[:, None, None, :])
+    return seen
 
 
 def _packed(position_ids_BT: torch.Tensor) -> torch.Tensor | None:

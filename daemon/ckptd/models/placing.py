@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
 
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.models.report import LoadingInfo
@@ -32,6 +33,13 @@ Value = StoredTensor | torch.Tensor
 
 _OLD_NAMES = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 """What checkpoints of the first years call a norm's weight and bias."""
+_RANDOM = frozenset(
+    {
+        "bernoulli_", "cauchy_", "exponential_", "geometric_", "kaiming_normal_",
+        "kaiming_uniform_", "log_normal_", "normal_", "orthogonal_", "random_", "trunc_normal_",
+        "uniform_", "xavier_normal_", "xavier_uniform_",
+    }
+)  # fmt: skip
 _READ_THREADS = 2
 """More than two gain nothing: one copies while the other waits for pages."""
 
@@ -81,6 +89,20 @@ class _Slot:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
+class _NoValues(TorchFunctionMode):
+    """Drawing random values for a tensor on the meta device does nothing meanwhile.
+
+    Nothing is what it does anyway, but torch imports its compiler first, which takes 1.5 seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        tensor = args[0] if args else given.get("tensor")
+        if getattr(func, "__name__", "") in _RANDOM and tensor is not None and tensor.is_meta:
+            return tensor
+        return func(*args, **given)
+
+
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Let modules that this thread makes meanwhile have parameters without memory.
@@ -100,7 +122,8 @@ def parameters_on_meta() -> Iterator[None]:
     register: Any = torch_module.register_module_parameter_registration_hook
     hook = register(without_memory)
     try:
-        yield
+        with _NoValues():
+            yield
     finally:
         hook.remove()
 
@@ -129,7 +152,8 @@ def place(model: PreTrainedModel, placement: Placement) -> LoadingInfo:
     _renew_missing(model, slots, info, placement.device, kept_in_fp32)
     _move_buffers(model, placement.device)
     model.mark_tied_weights_as_initialized(info)
-    model.initialize_weights()
+    with _NoValues():
+        model.initialize_weights()
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     info.ignore(
         missing=model._keys_to_ignore_on_load_missing or (),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
     from ckptd.hub.blocking import BlockingPublisher
-    from ckptd.hub.push import LocalFile, Publication, Target
+    from ckptd.hub.push import HubEvent, LocalFile, Publication, Target
+
+_log = logging.getLogger(__name__)
 
 _KINDS = {
     "Model": "model",
@@ -189,7 +192,10 @@ def uploading(
         commit_description=commit_description,
         card_tags=merged_tags(getattr(pushed, "model_tags", None), tags),
     )
-    with BlockingPublisher(target=target, push_id=uuid.uuid4().hex, token=_text(token)) as opened:
+    publisher = BlockingPublisher(
+        target=target, push_id=uuid.uuid4().hex, token=_text(token), report=_tell
+    )
+    with publisher as opened:
         yield Upload(folder, opened)
 
 
@@ -230,6 +236,12 @@ def merged_tags(*given: Iterable[str] | str | None) -> tuple[str, ...]:
 def repo_id_of(folder: Path, options: Mapping[str, Any]) -> str:
     """Return the repo to push `folder` to: the one asked for, else the folder's own name."""
     return str(options.get("repo_id") or folder.resolve().name)
+
+
+def _tell(event: HubEvent) -> None:
+    """Log what somebody who waits for a push wants to know; progress is not logged."""
+    if event.text:
+        _log.info("%s: %s", event.happening.value.replace("_", " "), event.text)
 
 
 def _text(token: bool | str | None) -> str | None:

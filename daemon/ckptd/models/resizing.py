@@ -9,7 +9,7 @@ with them, and `out_features` is always right.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -59,7 +59,7 @@ def resize(
     _resize_logits_bias(model, num_rows)
     model.config.get_text_config().vocab_size = num_rows
     if hasattr(model, "vocab_size"):
-        model.vocab_size = num_rows
+        cast("Any", model).vocab_size = num_rows
     model.tie_weights()
     return embedding
 
@@ -166,7 +166,7 @@ def _follow(head: nn.Module, embedding: nn.Embedding) -> None:
         head.out_features = len(embedding.weight)
     bias = getattr(head, "bias", None)
     if isinstance(bias, nn.Parameter) and len(bias) != len(embedding.weight):
-        replace(head.bias, zero_padded(bias, len(embedding.weight)))
+        replace(bias, zero_padded(bias, len(embedding.weight)))
 
 
 def _resize_logits_bias(model: nn.Module, rows: int) -> None:

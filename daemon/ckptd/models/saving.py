@@ -36,6 +36,7 @@ from ckptd.checkpoint.writer import ShardWriter
 from ckptd.models import (
     adapters,
     custom_code,
+    name_order,
     push,
     saved_files,
     shared_tensors,
@@ -75,7 +76,7 @@ def save(
     """Save `model` to the folder `save_directory`, made when absent; see the module docstring.
 
     Sets `config.dtype` to that of the first floating parameter and `config.architectures` to the
-    class. Blocks until everything is durable. Saving again replaces the earlier save.
+    class (a model backed by a checkpoint keeps the checkpoint's). Blocks until everything is durable. Saving again replaces the earlier save.
 
     Args:
         model: a `PreTrainedModel`.
@@ -170,7 +171,9 @@ def _save(
 def _describe(model: Any) -> None:
     """Note in the configuration what is saved, as transformers notes it."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    is_stand_in = getattr(model, "_keeps_architectures", False)
+    if not (is_stand_in and model.config.architectures):
+        model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
 
 
 def _wanted(model: Any, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -190,9 +193,11 @@ def _wanted(model: Any, state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def _order(model: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return the names in transformers' order, which decides what lies in which shard."""
-    is_loaded = getattr(model, "_is_loaded_from_checkpoint", False)
-    return weight_plan.natural_order(tensors) if is_loaded else list(tensors)
+    return name_order.ordered(
+        tensors,
+        model_type=model.config.model_type,
+        is_loaded=getattr(model, "_is_loaded_from_checkpoint", False),
+    )
 
 
 @contextlib.contextmanager
@@ -211,7 +216,8 @@ def _untied(configs: tuple[Any, ...]) -> Iterator[None]:
 
 def _side_files(model: Any, *, has_adapter: bool) -> dict[str, bytes]:
     """Return what goes beside the weights; failures come before the folder is touched."""
-    code = custom_code.gather(model)
+    config = model.config
+    code = custom_code.gather(config, config) | custom_code.gather(model, config)
     with tempfile.TemporaryDirectory(prefix="ckptd-save-") as name:
         if has_adapter:
             model.peft_config[adapters.active(model)].save_pretrained(name)

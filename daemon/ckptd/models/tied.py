@@ -41,7 +41,7 @@ def expanded(model: PreTrainedModel, *, all_submodels: bool) -> dict[str, str]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if hasattr(module, "get_expanded_tied_weights_keys"):
             dot = f"{prefix}." if prefix else ""
-            own = module.get_expanded_tied_weights_keys(all_submodels=False)  # type: ignore[operator]
+            own = module.get_expanded_tied_weights_keys(all_submodels=False)
             found |= {f"{dot}{target}": f"{dot}{source}" for target, source in own.items()}
     return found
 

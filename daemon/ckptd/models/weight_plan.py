@@ -1,13 +1,12 @@
-"""The weight files of a save: names, order, division, headers and index, before a byte is written.
+"""The weight files of a save: names, division, headers and index, before a byte is written.
 
-Order is that of transformers, so that both divide the same model alike: the model's own order for a
-fresh model, names sorted by their parts (numbers as numbers) for one that was loaded. Inside a file
-tensors lie by falling alignment, then by name, as the safetensors library lays them out.
+Inside a file tensors lie by falling alignment, then by name, as the safetensors library lays them
+out; so every tensor begins at a multiple of its element size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,11 +96,6 @@ def plan(
     )
 
 
-def natural_order(names: Iterable[str]) -> list[str]:
-    """Return the names sorted part by part, numbers as numbers and before words."""
-    return sorted(names, key=lambda name: [_part(part) for part in name.split(".")])
-
-
 def require_plain(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor whose bytes are not simply its values.
 
@@ -132,12 +126,3 @@ def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 def _layout(spec: TensorSpec) -> tuple[int, str]:
     return -spec.dtype.bits, spec.name
-
-
-def _part(part: str) -> tuple[int, int, str, int]:
-    """Numbers first, by value; then words by their text, then by the number at their end."""
-    if part.isdigit():
-        return 0, int(part), "", 0
-    text = part.rstrip("0123456789")
-    digits = part[len(text) :]
-    return 1, 0, text, int(digits) if digits else -1

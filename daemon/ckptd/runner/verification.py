@@ -2,11 +2,14 @@
 
 Blocking; loads the model with the model layer, which is imported on use. The source is loaded only
 to be compared with, after the output was let go, so that two models are never in memory at once.
+An architecture without a native module runs in transformers where the optional extra
+`ckptd[transformers]` is installed; its own code only, never the checkpoint's.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,13 +120,12 @@ def _examine(
     _check_finite(model, found)
     if not wanted.forward or found.problems:
         return None, None
+    if _is_backed(model):
+        model = _elsewhere(folder, model, device, found)
+        if model is None:
+            return None, None
     ids = _tokens(model, wanted, device)
-    try:
-        output = model(**{model.main_input_name: ids, **_decoder_input(model, ids)})
-    except NotImplementedError as error:
-        found.notes.append(f"not run: {error}")
-        return None, None
-    logits = output[0].float().cpu()
+    logits = _run(model, ids)
     found.facts["logits"] = {"shape": list(logits.shape)}
     if not bool(logits.isfinite().all()):
         found.problems.append("a forward gives values that are not finite")
@@ -132,6 +134,26 @@ def _examine(
         made = model.generate(ids, max_new_tokens=wanted.generate, do_sample=False)
         found.facts["generated"] = made[0].tolist()
     return logits, ids
+
+
+def _run(model: Any, ids: Any) -> Any:
+    """Return the first output of a forward, on the host and in float32."""
+    output = model(**{model.main_input_name: ids, **_decoder_input(model, ids)})
+    return output[0].float().cpu()
+
+
+def _elsewhere(path: Path, backed: Any, device: str, found: _Findings) -> Any:
+    """Return the checkpoint in transformers, where that is installed and knows its class."""
+    name = (getattr(backed.config, "architectures", None) or [backed.config.model_type])[0]
+    cls = None
+    if importlib.util.find_spec("transformers") is not None:
+        cls = getattr(importlib.import_module("transformers"), str(name), None)
+    if cls is None:
+        note = f"not run: {name} has no forward here; ckptd[transformers] may know it"
+        found.notes.append(note)
+        return None
+    found.facts["forward"] = "transformers"
+    return cls.from_pretrained(path, trust_remote_code=False).to(device).eval()
 
 
 def _load(folder: Path, device: str) -> tuple[Any, Any]:
@@ -145,10 +167,16 @@ def _load(folder: Path, device: str) -> tuple[Any, Any]:
     return loaded
 
 
+def _is_backed(model: Any) -> bool:
+    """Whether the model has no forward of its own."""
+    return isinstance(model, importlib.import_module("ckptd.models.backed").BackedModel)
+
+
 def _source_logits(path: Path, ids: Any, device: str) -> Any:
     model, _ = _load(path, device)
-    output = model(**{model.main_input_name: ids, **_decoder_input(model, ids)})
-    return output[0].float().cpu()
+    if _is_backed(model):
+        model = _elsewhere(path, model, device, _Findings())
+    return _run(model, ids)
 
 
 def _compare(logits: Any, source: Any, tolerance: float, found: _Findings) -> None:
@@ -180,8 +208,8 @@ def _tokens(model: Any, wanted: Verification, device: str) -> Any:
     torch: Any = importlib.import_module("torch")
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = (1, config.num_channels, config.image_size, config.image_size)
-        return torch.full(size, 0.5, dtype=model.dtype, device=device)
+        shape = (1, config.num_channels, config.image_size, config.image_size)
+        return torch.full(shape, 0.5, dtype=model.dtype, device=device)
     size = int(config.get_text_config().vocab_size)
     tokens = wanted.tokens or tuple((7 * n + 1) % size for n in range(_NUM_TOKENS))
     return torch.tensor([[token % size for token in tokens]], device=device)

@@ -8,6 +8,7 @@ Shapes: B batch, T new positions, D hidden size, V vocabulary, S keys.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -89,11 +90,7 @@ class DecoderModel(DecoderPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
-        **_kwargs: Any,
+        **options: Any,
     ) -> Any:
         """Hidden states (B, T, D) for tokens (B, T) or embeddings (B, T, D).
 
@@ -104,10 +101,8 @@ class DecoderModel(DecoderPreTrainedModel):
             past_key_values: what earlier calls left; written in place.
             inputs_embeds: given instead of tokens.
             use_cache: make a cache where none is given (default: the configuration's).
-            output_attentions: also the weights, (B, heads, T, S) a layer.
-            output_hidden_states: also what enters the first layer and leaves each.
-            output_router_logits: also the routers' logits (mixtures).
-            return_dict: False for a tuple.
+            options: `output_attentions`, `output_hidden_states`, `output_router_logits` (mixtures)
+                and `return_dict` (False for a tuple); the configuration decides what is not given.
 
         Raises:
             ValueError: both or neither of tokens and embeddings; a mask that is too short.
@@ -120,26 +115,32 @@ class DecoderModel(DecoderPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
         layer_masks = self._masks(x_BTD, attention_mask, position_ids, cache, past)
-        options = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
         kept = record.Record(self.config, options)
         rotations = self._rotations(x_BTD, position_ids)
         x_BTD, router_logits = self._run(x_BTD, rotations, layer_masks, cache, kept)
-        output: BaseModelOutputWithPast | MoeModelOutputWithPast = BaseModelOutputWithPast(
-            last_hidden_state=x_BTD,
-            past_key_values=cache,
-            hidden_states=kept.hidden_states,
-            attentions=kept.attentions,
-        )
-        if self._traits.mixture is not None:
-            wanted = output_router_logits
-            if wanted is None:
-                wanted = self.config.output_router_logits
-            logits = tuple(router_logits) if wanted else None
-            output = MoeModelOutputWithPast(**output, router_logits=logits)
-        return record.answer(self.config, return_dict, output)
+        return kept.answer(self._output(x_BTD, cache, kept, router_logits, options))
+
+    def _output(
+        self,
+        x_BTD: torch.Tensor,
+        cache: Cache | None,
+        kept: record.Record,
+        router_logits: list[torch.Tensor],
+        options: Mapping[str, Any],
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
+        values: dict[str, Any] = {
+            "last_hidden_state": x_BTD,
+            "past_key_values": cache,
+            "hidden_states": kept.hidden_states,
+            "attentions": kept.attentions,
+        }
+        if self._traits.mixture is None:
+            return BaseModelOutputWithPast(**values)
+        wanted = options.get("output_router_logits")
+        if wanted is None:
+            wanted = self.config.output_router_logits
+        logits = tuple(router_logits) if wanted else None
+        return MoeModelOutputWithPast(**values, router_logits=logits)
 
     def _run(
         self,
@@ -183,7 +184,8 @@ class DecoderModel(DecoderPreTrainedModel):
         num_queries = x_BTD.shape[1]
         wants_eager = self._traits.softcap is not None
         implementation = "eager" if wants_eager else self.config._attn_implementation
-        for idx, window in enumerate(self._traits.windows):
+        windows = [self._traits.window(idx) for idx in range(len(self.layers))]
+        for idx, window in enumerate(windows):
             if window in made:
                 continue
             if not self._traits.is_causal:
@@ -207,14 +209,15 @@ class DecoderModel(DecoderPreTrainedModel):
                 implementation=implementation,
                 position_ids=position_ids if cache is None else None,
             )
-        return [made[window] for window in self._traits.windows]
+        return [made[window] for window in windows]
 
     def _rotations(self, x_BTD: torch.Tensor, position_ids: torch.Tensor) -> list[Rotation | None]:
         """Each layer's cosine and sine; None for layers without positions."""
         like = x_BTD.float() if self._traits.rotates_in_float32 else x_BTD
         made = {kind: self.rotary_emb(like, position_ids, kind) for kind in self.rotary_emb.kinds}
         if None in made:
-            return [made[None] if rotates else None for rotates in self._traits.rotates]
+            still = self._traits.without_positions
+            return [None if idx in still else made[None] for idx in range(len(self.layers))]
         return [made[kind] for kind in self.config.layer_types[: len(self.layers)]]
 
 
@@ -243,17 +246,15 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
+        **options: Any,
     ) -> Any:
         """Logits (B, T, V), and with `labels` (B, T) the loss of the next token.
 
-        Args are those of the body, and:
-            labels: -100 counts for nothing; `num_items_in_batch` divides the loss's sum.
+        Arguments are those of the body, and:
+
+        Args:
+            labels: -100 counts for nothing; an option `num_items_in_batch` divides the loss's sum.
             logits_to_keep: only the last so many positions (0: all), or these positions: indices
                 (n,) of every row, indices (B, n) of each, or a boolean mask (B, T), which flattens.
         """
@@ -264,17 +265,14 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            output_router_logits=output_router_logits,
-            return_dict=True,
+            **{**options, "return_dict": True},
         )
         logits = self._logits(heads.last_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = heads.next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            loss = heads.next_token_loss(logits, labels, options.get("num_items_in_batch"))
         output = self._output(loss, logits, outputs, attention_mask)
-        return record.answer(self.config, return_dict, output)
+        return record.answer(self.config, options.get("return_dict"), output)
 
     def _logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.lm_head(x_BTD)
@@ -296,6 +294,11 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             return CausalLMOutputWithPast(loss=loss, logits=logits, **recorded)
         aux_loss = None
         if outputs.router_logits:
+            if attention_mask is not None:
+                # The mask covers cached positions too; the routers saw the new ones.
+                is_plain = attention_mask.dim() == 2
+                num_new = outputs.last_hidden_state.shape[1]
+                attention_mask = attention_mask[:, -num_new:] if is_plain else None
             aux_loss = load_balancing_loss(
                 outputs.router_logits,
                 num_chosen=self._traits.mixture.num_chosen,

@@ -32,10 +32,10 @@ class Traits:
     activation: str
     scale: float
     """Factor of the attention scores."""
-    windows: tuple[int | None, ...]
-    """Keys each layer's queries see, their own included; None for all."""
-    rotates: tuple[bool, ...]
-    """Whether each layer turns queries and keys by position."""
+    windows: tuple[int | None, ...] = ()
+    """Keys each layer's queries see, their own included; None for all, empty where all see all."""
+    without_positions: frozenset[int] = frozenset()
+    """Layers that do not turn queries and keys by position."""
     rotates_in_float32: bool = False
     """Turned in float32 and rounded once (OLMo); else cosine and sine are rounded first."""
     qkv_bias: bool = False
@@ -61,12 +61,18 @@ class Traits:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
     mixture: Mixture | None = None
-    sparse: tuple[bool, ...] = ()
-    """Whether each layer's MLP is a mixture of experts; empty for none."""
+    sparse_layers: frozenset[int] = frozenset()
+    """Layers whose MLP is a mixture of experts."""
 
-    def is_sparse(self, layer_idx: int) -> bool:
-        """Whether this layer has experts."""
-        return bool(self.sparse) and self.sparse[layer_idx]
+    def window(self, layer_idx: int) -> int | None:
+        """Keys that this layer's queries see, their own included; None for all."""
+        return self.windows[layer_idx] if self.windows else None
+
+
+def head_size(config: Any) -> int:
+    """Channels of one head: as the configuration says, or an even share of the hidden size."""
+    given: int | None = getattr(config, "head_dim", None)
+    return given or int(config.hidden_size // config.num_attention_heads)
 
 
 def check_heads(config: Any) -> None:
@@ -144,7 +150,7 @@ class Attention(nn.Module):
             config.num_attention_heads,
             config.num_key_value_heads,
         )
-        self.head_dim: int = getattr(config, "head_dim", None) or size // heads
+        self.head_dim = head_size(config)
         self.widths = (heads * self.head_dim, groups * self.head_dim, groups * self.head_dim)
         if traits.is_fused:
             self.o_proj = nn.Linear(self.widths[0], size, bias=traits.output_bias)
@@ -241,7 +247,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.traits = traits
         self.self_attn = Attention(config, traits, layer_idx)
-        self.is_sparse = traits.is_sparse(layer_idx)
+        self.is_sparse = layer_idx in traits.sparse_layers
         self.mlp_name = "mlp"
         if self.is_sparse:
             assert traits.mixture is not None

@@ -279,12 +279,20 @@ class Embeddings(nn.Module):
             ValueError: more positions than the model has.
         """
         stop = past + hidden_BTD.shape[1]
-        if stop > self.max_positions:
+        self.check_count(stop)
+        return torch.arange(past, stop, device=hidden_BTD.device)[None]
+
+    def check_count(self, num_positions: int) -> None:
+        """Check that the model has so many positions.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if num_positions > self.max_positions:
             raise ValueError(
-                f"{stop} positions, but the model has {self.max_positions} "
+                f"{num_positions} positions, but the model has {self.max_positions} "
                 "(config.max_position_embeddings)"
             )
-        return torch.arange(past, stop, device=hidden_BTD.device)[None]
 
 
 class EncoderPreTrainedModel(PreTrainedModel):

@@ -18,7 +18,6 @@ from ckptd.models.native.encoder import EncoderConfig, EncoderModel, EncoderPreT
 from ckptd.models.outputs import (
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
-    QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -285,12 +284,5 @@ class QuestionAnswering(EncoderHead):
             return_dict=True,
             **options,
         )
-        start_BT, end_BT = self.qa_outputs(body.last_hidden_state).unbind(-1)
-        output = QuestionAnsweringModelOutput(
-            loss=heads.span_loss(start_BT, end_BT, start_positions, end_positions),
-            start_logits=start_BT.contiguous(),
-            end_logits=end_BT.contiguous(),
-            hidden_states=body.hidden_states,
-            attentions=body.attentions,
-        )
+        output = heads.span_output(self.qa_outputs, body, start_positions, end_positions)
         return record.answer(self.config, return_dict, output)

@@ -88,20 +88,20 @@ class SparseBlock(nn.Module):
     def _mix(
         self, x_ND: torch.Tensor, weights_NX: torch.Tensor, chosen_NX: torch.Tensor
     ) -> torch.Tensor:
-        out_ND = torch.zeros_like(x_ND)
-        by_expert = chosen_NX.flatten().argsort(stable=True)
+        order = chosen_NX.flatten().argsort(stable=True)
         counts = torch.bincount(chosen_NX.flatten(), minlength=self.mixture.num_experts)
-        flat_weights = weights_NX.flatten()
         # One transfer tells all group sizes; asking expert by expert would wait for each.
-        for expert, slots in zip(
-            self.experts, torch.split(by_expert, counts.tolist()), strict=True
-        ):
-            if not slots.numel():
-                continue
-            rows = slots // self.mixture.num_chosen
-            result = expert(x_ND[rows]) * flat_weights[slots, None]
-            out_ND = out_ND.index_add(0, rows, result.to(out_ND.dtype))
-        return out_ND
+        groups = torch.split(x_ND[order // self.mixture.num_chosen], counts.tolist())
+        pairs = zip(self.experts, groups, strict=True)
+        results = [expert(group) for expert, group in pairs if len(group)]
+        if not results:
+            return torch.zeros_like(x_ND)
+        weighted = torch.cat(results) * weights_NX.flatten()[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        # A token's results are summed at once, in float32 where the weights are, and rounded once.
+        out_NXD = weighted[back].view(*chosen_NX.shape, -1)
+        return out_NXD.sum(dim=1).to(x_ND.dtype)
 
 
 def load_balancing_loss(

@@ -98,7 +98,6 @@ class Gemma3PreTrainedModel(DecoderPreTrainedModel):
             activation=config.hidden_activation,
             scale=config.query_pre_attn_scalar**-0.5,
             windows=tuple(cache.sliding_windows(config)),
-            rotates=(True,) * config.num_hidden_layers,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             norm="offset",

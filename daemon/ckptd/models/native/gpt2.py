@@ -5,7 +5,7 @@ projections have shape (inputs, outputs). With `config.add_cross_attention` the 
 an encoder's output.
 
 Shapes: B batch, T new positions, S all positions so far, H heads, D hidden size, K head size,
-V vocabulary.
+V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ckptd.models.native.gpt2_layers import Conv1D, GPT2Block
 from ckptd.models.outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
+    TokenClassifierOutput,
 )
 
 
@@ -276,4 +277,96 @@ class GPT2ForSequenceClassification(GPT2PreTrainedModel):
             **options,
         )
         output = heads.sequence_output(self.config, self.score, body, input_ids, labels)
+        return record.answer(self.config, return_dict, output)
+
+
+class GPT2ForTokenClassification(GPT2PreTrainedModel):
+    """The body with one decision a position."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.transformer = GPT2Model(config)
+        rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        self.classifier = nn.Linear(config.n_embd, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: keys.AnyCache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Give logits (B, T, C), and with `labels` (B, T) the mean loss where they are not -100.
+
+        Returns:
+            `TokenClassifierOutput`, or its fields as a tuple.
+        """
+        body = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **options,
+        )
+        logits_BTC = self.classifier(self.dropout(body.last_hidden_state))
+        output = TokenClassifierOutput(
+            loss=None if labels is None else heads.position_loss(logits_BTC, labels),
+            logits=logits_BTC,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
+        return record.answer(self.config, return_dict, output)
+
+
+class GPT2ForQuestionAnswering(GPT2PreTrainedModel):
+    """The body with the start and the end of an answer."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = GPT2Model(config)
+        self.qa_outputs = nn.Linear(config.n_embd, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Give start and end logits (B, T), and with both positions (B,) the loss.
+
+        Returns:
+            `QuestionAnsweringModelOutput`, or its fields as a tuple.
+        """
+        body = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **options,
+        )
+        output = heads.span_output(self.qa_outputs, body, start_positions, end_positions)
         return record.answer(self.config, return_dict, output)

@@ -3,8 +3,7 @@
 Parameter names are those of the Hub's checkpoints: the fused projection `query_key_value` holds
 query, key and value of one head after the other, and the head is `embed_out`.
 
-Shapes: B batch, T new positions, S all positions so far, H heads, D hidden size, K head size,
-R rotated channels, V vocabulary.
+Shapes: B batch, T new positions, S all positions so far, D hidden size, V vocabulary, C classes.
 """
 
 from __future__ import annotations
@@ -14,14 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models import activations, attention, rope
+from ckptd.models import rope
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.cache import Cache
-from ckptd.models.checkpointing import GradientCheckpointingLayer
 from ckptd.models.config import PreTrainedConfig
 from ckptd.models.generation import GenerationMixin
 from ckptd.models.native import heads, keys, record
-from ckptd.models.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from ckptd.models.native.gpt_neox_layers import GPTNeoXLayer
+from ckptd.models.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    TokenClassifierOutput,
+)
 from ckptd.models.rope_config import RopeKeys
 
 
@@ -62,101 +65,6 @@ class GPTNeoXConfig(PreTrainedConfig):
             )
 
 
-class GPTNeoXAttention(nn.Module):
-    """Attention over earlier positions."""
-
-    def __init__(self, config: GPTNeoXConfig, layer_idx: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = width // config.num_attention_heads
-        self.query_key_value = nn.Linear(width, 3 * width, bias=config.attention_bias)
-        self.dense = nn.Linear(width, width, bias=config.attention_bias)
-
-    def forward(
-        self,
-        hidden_BTD: torch.Tensor,
-        mask: torch.Tensor | None,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        cache: keys.AnyCache | None,
-        *,
-        want_weights: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the attended vectors (B, T, D) and, where wanted, the weights (B, H, T, S)."""
-        fused_BHTX = keys.split_heads(self.query_key_value(hidden_BTD), 3 * self.head_dim)
-        query_BHTK, key_BHTK, value_BHTK = fused_BHTX.chunk(3, dim=-1)
-        query_BHTK, key_BHTK = rope.apply_rotary(query_BHTK, key_BHTK, *turn)
-        key_BHSK, value_BHSK = keys.own(cache, self.layer_idx, key_BHTK, value_BHTK)
-        out_BTHK, weights_BHTS = attention.attend(
-            self.config._attn_implementation,
-            query_BHTK,
-            key_BHSK,
-            value_BHSK,
-            mask,
-            scale=self.head_dim**-0.5,
-            dropout=self.config.attention_dropout,
-            training=self.training,
-            is_causal=True,
-            want_weights=want_weights,
-        )
-        return self.dense(out_BTHK.flatten(2)), weights_BHTS
-
-
-class GPTNeoXMLP(nn.Module):
-    """Two projections with an activation between."""
-
-    def __init__(self, config: GPTNeoXConfig) -> None:
-        super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act = activations.make(config.hidden_act)
-
-    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """Map (B, T, D) to the same."""
-        out_BTD: torch.Tensor = self.dense_4h_to_h(self.act(self.dense_h_to_4h(hidden_BTD)))
-        return out_BTD
-
-
-class GPTNeoXLayer(GradientCheckpointingLayer):
-    """One layer; with `use_parallel_residual` both halves read the layer's input."""
-
-    def __init__(self, config: GPTNeoXConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.use_parallel_residual = config.use_parallel_residual
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.post_attention_dropout = nn.Dropout(config.hidden_dropout)
-        self.post_mlp_dropout = nn.Dropout(config.hidden_dropout)
-        self.attention = GPTNeoXAttention(config, layer_idx)
-        self.mlp = GPTNeoXMLP(config)
-
-    def forward(
-        self,
-        hidden_BTD: torch.Tensor,
-        mask: torch.Tensor | None,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        *,
-        past_key_values: keys.AnyCache | None = None,
-        want_weights: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Return the layer's output (B, T, D) and the weights where wanted."""
-        attended_BTD, weights = self.attention(
-            self.input_layernorm(hidden_BTD),
-            mask,
-            turn,
-            past_key_values,
-            want_weights=want_weights,
-        )
-        attended_BTD = self.post_attention_dropout(attended_BTD)
-        if not self.use_parallel_residual:
-            hidden_BTD = attended_BTD + hidden_BTD
-            out_BTD = self.mlp(self.post_attention_layernorm(hidden_BTD))
-            return self.post_mlp_dropout(out_BTD) + hidden_BTD, weights, None
-        out_BTD = self.post_mlp_dropout(self.mlp(self.post_attention_layernorm(hidden_BTD)))
-        return out_BTD + attended_BTD + hidden_BTD, weights, None
-
-
 class GPTNeoXPreTrainedModel(PreTrainedModel):
     """What all GPT-NeoX classes share."""
 
@@ -170,6 +78,14 @@ class GPTNeoXPreTrainedModel(PreTrainedModel):
         r"attention.masked_bias",
     ]
     _input_embed_layer = "embed_in"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as usual; the rotary frequencies are computed."""
+        if isinstance(module, rope.RotaryEmbedding):
+            device = next(module.buffers()).device
+            module.reset_buffers(None if device.type == "meta" else device)
+        else:
+            super()._init_weights(module)
 
 
 class GPTNeoXModel(GPTNeoXPreTrainedModel):
@@ -291,4 +207,142 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
         )
+        return record.answer(self.config, return_dict, output)
+
+
+class GPTNeoXForSequenceClassification(GPTNeoXPreTrainedModel):
+    """The body with one decision a sequence, read at its last token."""
+
+    def __init__(self, config: GPTNeoXConfig) -> None:
+        super().__init__(config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.gpt_neox = GPTNeoXModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run the body and classify; see `heads.classification_loss` for `labels`.
+
+        Returns:
+            `SequenceClassifierOutputWithPast`, or its fields as a tuple.
+
+        Raises:
+            ValueError: several rows and no pad token in the configuration.
+        """
+        body = self.gpt_neox(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **options,
+        )
+        output = heads.sequence_output(self.config, self.score, body, input_ids, labels)
+        return record.answer(self.config, return_dict, output)
+
+
+class GPTNeoXForTokenClassification(GPTNeoXPreTrainedModel):
+    """The body with one decision a position."""
+
+    def __init__(self, config: GPTNeoXConfig) -> None:
+        super().__init__(config)
+        assert config.num_labels is not None
+        self.num_labels = config.num_labels
+        self.gpt_neox = GPTNeoXModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Give logits (B, T, C), and with `labels` (B, T) the mean loss where they are not -100.
+
+        `token_type_ids` are accepted, as tokenizers give them, and not read.
+
+        Returns:
+            `TokenClassifierOutput`, or its fields as a tuple.
+        """
+        body = self.gpt_neox(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **options,
+        )
+        logits_BTC = self.classifier(self.dropout(body.last_hidden_state))
+        output = TokenClassifierOutput(
+            loss=None if labels is None else heads.position_loss(logits_BTC, labels),
+            logits=logits_BTC,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
+        return record.answer(self.config, return_dict, output)
+
+
+class GPTNeoXForQuestionAnswering(GPTNeoXPreTrainedModel):
+    """The body with the start and the end of an answer."""
+
+    def __init__(self, config: GPTNeoXConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.gpt_neox = GPTNeoXModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Give start and end logits (B, T), and with both positions (B,) the loss.
+
+        `token_type_ids` are accepted, as tokenizers give them, and not read.
+
+        Returns:
+            `QuestionAnsweringModelOutput`, or its fields as a tuple.
+        """
+        body = self.gpt_neox(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **options,
+        )
+        output = heads.span_output(self.qa_outputs, body, start_positions, end_positions)
         return record.answer(self.config, return_dict, output)

@@ -61,8 +61,6 @@ class GranitePreTrainedModel(DecoderPreTrainedModel):
         return Traits(
             activation=config.hidden_act,
             scale=config.attention_multiplier,
-            windows=(None,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             mlp_bias=config.mlp_bias,

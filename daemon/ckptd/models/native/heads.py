@@ -12,7 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ckptd.models.outputs import SequenceClassifierOutputWithPast
+from ckptd.models.outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+)
 
 IGNORED = -100
 """The label of a position that does not count."""
@@ -134,6 +137,26 @@ def sequence_output(
         loss=None if labels is None else classification_loss(config, logits_BC, labels),
         logits=logits_BC,
         past_key_values=body.past_key_values,
+        hidden_states=body.hidden_states,
+        attentions=body.attentions,
+    )
+
+
+def span_output(
+    qa_outputs: nn.Module,
+    body: Any,
+    start_positions: torch.Tensor | None,
+    end_positions: torch.Tensor | None,
+) -> QuestionAnsweringModelOutput:
+    """Return start and end logits (B, T) of a body's output, and the loss where both are given.
+
+    `qa_outputs` maps (.., D) to (.., 2).
+    """
+    start_BT, end_BT = qa_outputs(body.last_hidden_state).unbind(-1)
+    return QuestionAnsweringModelOutput(
+        loss=span_loss(start_BT, end_BT, start_positions, end_positions),
+        start_logits=start_BT.contiguous(),
+        end_logits=end_BT.contiguous(),
         hidden_states=body.hidden_states,
         attentions=body.attentions,
     )

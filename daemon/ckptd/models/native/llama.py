@@ -11,7 +11,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits, check_heads
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, check_heads, head_size
 
 
 class LlamaConfig(PreTrainedConfig):
@@ -69,9 +69,7 @@ class LlamaPreTrainedModel(DecoderPreTrainedModel):
         """What this architecture does in its own way."""
         return Traits(
             activation=config.hidden_act,
-            scale=config.head_dim**-0.5,
-            windows=(None,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
+            scale=head_size(config) ** -0.5,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             mlp_bias=config.mlp_bias,

@@ -11,7 +11,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 
 
 class MistralConfig(PreTrainedConfig):
@@ -63,9 +63,8 @@ class MistralPreTrainedModel(DecoderPreTrainedModel):
         """What this architecture does in its own way."""
         return Traits(
             activation=config.hidden_act,
-            scale=config.head_dim**-0.5,
+            scale=head_size(config) ** -0.5,
             windows=(config.sliding_window,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
         )
 
 

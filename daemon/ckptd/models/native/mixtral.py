@@ -11,7 +11,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 from ckptd.models.native.experts import Mixture
 from ckptd.models.rope_config import RopeKeys
 
@@ -68,13 +68,11 @@ class MixtralPreTrainedModel(DecoderPreTrainedModel):
     @classmethod
     def traits(cls, config: Any) -> Traits:
         """What this architecture does in its own way."""
-        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         return Traits(
             activation=config.hidden_act,
-            scale=head_dim**-0.5,
+            scale=head_size(config) ** -0.5,
             windows=(config.sliding_window,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
-            sparse=(True,) * config.num_hidden_layers,
+            sparse_layers=frozenset(range(config.num_hidden_layers)),
             mixture=Mixture(
                 num_experts=config.num_local_experts,
                 num_chosen=config.num_experts_per_tok,

@@ -9,7 +9,7 @@ from ckptd.models.native.decoder import DecoderForCausalLM, DecoderModel, Decode
 from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 
 
 class Olmo2Config(PreTrainedConfig):
@@ -56,12 +56,9 @@ class Olmo2PreTrainedModel(DecoderPreTrainedModel):
     @classmethod
     def traits(cls, config: Any) -> Traits:
         """What this architecture does in its own way."""
-        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         return Traits(
             activation=config.hidden_act,
-            scale=head_dim**-0.5,
-            windows=(None,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
+            scale=head_size(config) ** -0.5,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             qk_norm="whole",

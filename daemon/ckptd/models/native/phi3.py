@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+
 from ckptd.models.config import PreTrainedConfig
 from ckptd.models.native.decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 from ckptd.models.rope_config import RopeKeys
 
 
@@ -62,12 +64,10 @@ class Phi3PreTrainedModel(DecoderPreTrainedModel):
     @classmethod
     def traits(cls, config: Any) -> Traits:
         """What this architecture does in its own way."""
-        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         return Traits(
             activation=config.hidden_act,
-            scale=head_dim**-0.5,
+            scale=head_size(config) ** -0.5,
             windows=(config.sliding_window,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
             is_fused=True,
             residual_dropout=config.resid_pdrop,
         )
@@ -81,6 +81,39 @@ class Phi3ForCausalLM(Phi3PreTrainedModel, DecoderForCausalLM):
     """Tokens to logits of the next one."""
 
     _body_class = Phi3Model
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As everywhere; but beyond the original context all keys turn by the long factors.
+
+        What is cached turned by the short ones, so the step that crosses the line gives the whole
+        sequence anew, without the cache.
+        """
+        limit = self.config.original_max_position_embeddings
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if self._follows_length and 0 < past <= limit < input_ids.shape[1]:
+            past_key_values = next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length,
+            past_key_values,
+            attention_mask,
+            inputs_embeds,
+            is_first_iteration,
+            **kwargs,
+        )
+
+    @property
+    def _follows_length(self) -> bool:
+        return bool(self.config.rope_parameters["rope_type"] == "longrope")
 
 
 class Phi3ForSequenceClassification(DecoderForSequenceClassification, Phi3PreTrainedModel):

@@ -12,7 +12,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 
 
 class Qwen2Config(PreTrainedConfig):
@@ -78,9 +78,8 @@ class Qwen2PreTrainedModel(DecoderPreTrainedModel):
         """What this architecture does in its own way."""
         return Traits(
             activation=config.hidden_act,
-            scale=(config.hidden_size // config.num_attention_heads) ** -0.5,
+            scale=head_size(config) ** -0.5,
             windows=tuple(cache.sliding_windows(config)),
-            rotates=(True,) * config.num_hidden_layers,
             qkv_bias=True,
         )
 

@@ -12,7 +12,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 
 
 class Qwen3Config(PreTrainedConfig):
@@ -80,9 +80,8 @@ class Qwen3PreTrainedModel(DecoderPreTrainedModel):
         """What this architecture does in its own way."""
         return Traits(
             activation=config.hidden_act,
-            scale=config.head_dim**-0.5,
+            scale=head_size(config) ** -0.5,
             windows=tuple(cache.sliding_windows(config)),
-            rotates=(True,) * config.num_hidden_layers,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             qk_norm="head",

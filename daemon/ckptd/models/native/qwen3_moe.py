@@ -11,7 +11,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 from ckptd.models.native.experts import Mixture
 
 
@@ -75,18 +75,14 @@ class Qwen3MoePreTrainedModel(DecoderPreTrainedModel):
     @classmethod
     def traits(cls, config: Any) -> Traits:
         """What this architecture does in its own way."""
-        head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
         return Traits(
             activation=config.hidden_act,
-            scale=head_dim**-0.5,
+            scale=head_size(config) ** -0.5,
             windows=(config.sliding_window,) * config.num_hidden_layers,
-            rotates=(True,) * config.num_hidden_layers,
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             qk_norm="head",
-            sparse=_sparse_layers(config),
+            sparse_layers=_sparse_layers(config),
             mixture=Mixture(
                 num_experts=config.num_local_experts,
                 num_chosen=config.num_experts_per_tok,
@@ -128,9 +124,9 @@ class Qwen3MoeForQuestionAnswering(DecoderForQuestionAnswering, Qwen3MoePreTrain
     _body_class = Qwen3MoeModel
 
 
-def _sparse_layers(config: Any) -> tuple[bool, ...]:
-    step, dense = config.decoder_sparse_step, config.mlp_only_layers
-    return tuple(
-        config.num_local_experts > 0 and idx not in dense and (idx + 1) % step == 0
-        for idx in range(config.num_hidden_layers)
-    )
+def _sparse_layers(config: Any) -> frozenset[int]:
+    if not config.num_local_experts:
+        return frozenset()
+    step = config.decoder_sparse_step
+    every = range(step - 1, config.num_hidden_layers, step)
+    return frozenset(every) - frozenset(config.mlp_only_layers)

@@ -50,14 +50,22 @@ class RobertaEmbeddings(encoder.Embeddings):
         """Return positions (B or 1, T): tokens count up behind the padding row, padding stays on it.
 
         Vectors cannot show padding: all of them count.
+
+        Raises:
+            ValueError: more positions than the model has.
         """
         pad = self.position_embeddings.padding_idx or 0
+        start = pad + 1 + past
+        stop = start + hidden_BTD.shape[1]
         if input_ids is None:
-            start = pad + 1 + past
-            stop = start + hidden_BTD.shape[1]
+            self.check_count(stop)
             return torch.arange(start, stop, device=hidden_BTD.device)[None]
         is_token_BT = (input_ids != pad).long()
-        return (is_token_BT.cumsum(1) + past) * is_token_BT + pad
+        position_BT = (is_token_BT.cumsum(1) + past) * is_token_BT + pad
+        if stop > self.max_positions:
+            # Padding takes no positions: only now is it worth to look how many are taken.
+            self.check_count(int(position_BT.max()) + 1)
+        return position_BT
 
 
 class RobertaLayer(encoder.Layer):

@@ -12,7 +12,7 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits
+from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 from ckptd.models.rope_config import RopeKeys
 
 
@@ -82,12 +82,13 @@ class SmolLM3PreTrainedModel(DecoderPreTrainedModel):
     @classmethod
     def traits(cls, config: Any) -> Traits:
         """What this architecture does in its own way."""
-        head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         return Traits(
             activation=config.hidden_act,
-            scale=head_dim**-0.5,
+            scale=head_size(config) ** -0.5,
             windows=tuple(cache.sliding_windows(config)),
-            rotates=tuple(bool(flag) for flag in config.no_rope_layers),
+            without_positions=frozenset(
+                idx for idx, has_rope in enumerate(config.no_rope_layers) if not has_rope
+            ),
             qkv_bias=config.attention_bias,
             output_bias=config.attention_bias,
             mlp_bias=config.mlp_bias,

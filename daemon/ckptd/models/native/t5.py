@@ -2,8 +2,7 @@
 
 Parameter names are those of the Hub's checkpoints
 (`encoder.block.0.layer.0.SelfAttention.q.weight`). Both stacks read the one embedding `shared`; the
-head is the same matrix unless the checkpoint holds another (T5 1.1), which
-`config.scale_decoder_outputs` False announces.
+head is the same matrix unless `config.tie_word_embeddings` is False (T5 1.1).
 
 Shapes: B batch, T decoder positions, S encoder positions, H heads, D hidden size, V vocabulary.
 """

@@ -25,9 +25,10 @@ from ckptd.models.outputs import BaseModelOutput, BaseModelOutputWithPastAndCros
 class T5Config(PreTrainedConfig):
     """Sizes and switches of a T5; the defaults are those of `t5-small`.
 
-    `tie_word_embeddings=False` (T5 1.1) means that the decoder's output is not scaled before the
-    head: it becomes `scale_decoder_outputs=False`, while the flag itself stays True, for the stacks
-    share their embedding in any case.
+    `tie_word_embeddings=False` (T5 1.1) means that the head has a matrix of its own, and that the
+    decoder's output is not scaled before it, which `scale_decoder_outputs` says by itself. The
+    original drops the flag once it has been read, and a fresh model with it; here it stays. The
+    stacks share their embedding in any case.
 
     Raises:
         ValueError: `feed_forward_proj` is neither an activation nor `gated-` and one.
@@ -76,7 +77,6 @@ class T5Config(PreTrainedConfig):
             self.dense_act_fn = "gelu_new"
         if self.scale_decoder_outputs is None:
             self.scale_decoder_outputs = self.tie_word_embeddings
-        self.tie_word_embeddings = True
         super().__post_init__()
 
     def validate_architecture(self) -> None:
@@ -110,6 +110,15 @@ class T5PreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=factor)
         else:
             super()._init_weights(module)
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Return the ties; only the head's depends on the configuration, the stacks share always."""
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        ties = dict(self._tied_weights_keys or {})
+        if not self.config.tie_word_embeddings:
+            ties.pop("lm_head.weight", None)
+        return ties
 
     def _shift_right(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return labels (B, T) as the decoder reads them: one place later, -100 as padding.
@@ -206,7 +215,9 @@ class T5Stack(T5PreTrainedModel):
         distances: Any = self.get_submodule("block.0.layer.0.SelfAttention.relative_attention_bias")
         bias_1HTS: torch.Tensor = distances.bias(num_queries, past + num_queries)
         bias_1HTS = bias_1HTS.to(hidden_BTD.device, hidden_BTD.dtype)
-        lowest = torch.finfo(bias_1HTS.dtype).min
+        # Half of the lowest value: the sum with a bias stays finite, so that a row that sees nothing
+        # averages its values, whichever implementation computes it.
+        lowest = torch.finfo(bias_1HTS.dtype).min / 2
         if not self.is_decoder:
             seen = keys.padding_mask(self.config, hidden_BTD, attention_mask)
         else:
@@ -216,6 +227,5 @@ class T5Stack(T5PreTrainedModel):
         if seen is None:
             return bias_1HTS
         if seen.is_floating_point():
-            # The sum may fall below what float16 holds; infinities would make empty rows NaN.
             return (bias_1HTS + seen).clamp(min=lowest)
         return bias_1HTS.masked_fill(~seen, lowest)

@@ -18,7 +18,8 @@ class VerifyOptions(StageOptions):
     """Options of `verify`."""
 
     forward: bool = True
-    """Run a forward on `tokens`; architectures without a native module are only loaded."""
+    """Run a forward on `tokens`. Architectures without a native module run in transformers where
+    ckptd[transformers] is installed, and are only loaded where it is not."""
     tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
     """Token ids to run; none stands for a fixed short sequence."""
     compare: bool = False
