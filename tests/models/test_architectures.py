@@ -115,6 +115,7 @@ def test_a_free_part_follows_the_configuration() -> None:
     assert known is not None
     assert "model.language_model.embed_in.weight" in known.role_of
     strange = architectures.find(config | {"text_config": {"model_type": "nobody"}})
+    assert architectures.find(config | {"text_config": {"model_type": []}}) == strange
     assert strange is not None
     assert "nobody" in str(strange.unplaced)
 
@@ -151,7 +152,13 @@ def test_the_class_is_found_by_name_then_by_model_type(config, name, exact) -> N
 
 @pytest.mark.parametrize(
     "config",
-    [{}, {"architectures": ["NobodyForCausalLM"], "model_type": "nobody"}, {"architectures": []}],
+    [
+        {},
+        {"architectures": ["NobodyForCausalLM"], "model_type": "nobody"},
+        {"architectures": []},
+        {"architectures": ["LlamaForCausalLM"], "model_type": ["llama"]},
+        {"model_type": {}},
+    ],
 )
 def test_what_nobody_knows_is_not_guessed(config) -> None:
     """Unknown classes and types give None."""

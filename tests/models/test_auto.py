@@ -174,12 +174,15 @@ class TestAutoConfig:
         with pytest.raises(ValueError, match="strange"):
             auto.AutoConfig.for_model("strange")
 
-    def test_a_type_is_registered_once(self) -> None:
-        """Taken types and types that disagree are refused; `exist_ok` replaces."""
-        auto.AutoConfig.register("mine", MineConfig)
+    def test_a_native_type_is_not_replaced_unasked(self) -> None:
+        """Types of this package and types that disagree are refused; `exist_ok` replaces."""
+
+        class Other(MineConfig):
+            model_type = "llama"
+
         with pytest.raises(ValueError, match="taken"):
-            auto.AutoConfig.register("mine", MineConfig)
-        auto.AutoConfig.register("mine", MineConfig, exist_ok=True)
+            auto.AutoConfig.register("llama", Other)
+        auto.AutoConfig.register("llama", Other, exist_ok=True)
         with pytest.raises(ValueError, match="'mine', expected 'other'"):
             auto.AutoConfig.register("other", MineConfig)
 
@@ -261,12 +264,18 @@ class TestAutoModel:
         ):
             auto.AutoModelForMaskedLM.from_pretrained(mine)
 
-    def test_a_model_is_registered_once(self) -> None:
-        """A taken configuration and one that the model does not name are refused."""
-        auto.AutoModel.register(MineConfig, Loaded)
-        with pytest.raises(ValueError, match="exist_ok"):
+    def test_registering_again_replaces(self) -> None:
+        """What users registered may be registered again, as when a cell is run twice."""
+        for _ in range(2):
+            auto.AutoConfig.register("mine", MineConfig)
             auto.AutoModel.register(MineConfig, Loaded)
-        auto.AutoModel.register(MineConfig, Loaded, exist_ok=True)
+        assert type(auto.AutoModel.from_config(MineConfig())) is Loaded
+
+    def test_a_native_model_is_not_replaced_unasked(self) -> None:
+        """A configuration of this package and one that the model does not name are refused."""
+        native = auto.AutoConfig.for_model("llama").__class__
+        with pytest.raises(ValueError, match="exist_ok"):
+            auto.AutoModel.register(native, type("Other", (Loaded,), {"config_class": native}))
         with pytest.raises(ValueError, match="MineConfig, expected PreTrainedConfig"):
             auto.AutoModel.register(PreTrainedConfig, Loaded)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,12 +137,6 @@ def _no_weights(
     path: Path, listing: Listing, wanted: Names
 ) -> CheckpointIncomplete | CheckpointUnsupported:
     names = [file.relpath for file in listing.files]
-    candidates = [n for n in names if sidefiles.fate(n) is sidefiles.Fate.WEIGHTS]
-
-    def first(*patterns: str, among: list[str] = candidates) -> str | None:
-        hits = (n for n in among if any(fnmatch.fnmatchcase(n, p) for p in patterns))
-        return next(hits, None)
-
     if shard := next((n for n in names if wanted.shard.match(n)), None):
         return _no_index(path / shard, wanted)
     if wanted.single != SINGLE_NAME and (SINGLE_NAME in names or INDEX_NAME in names):
@@ -153,6 +147,25 @@ def _no_weights(
             found="weights without a variant",
             hint="leave `variant` out to load those",
         )
+    refusal = _of_another_kind(path, names)
+    if refusal is not None:
+        return refusal
+    return CheckpointIncomplete(
+        "no weights",
+        path=path,
+        expected=f"{wanted.single} or {wanted.index}",
+        found=", ".join(sorted(names)[:6]) or "an empty folder",
+        hint="point at a folder written by save_pretrained or a Trainer",
+    )
+
+
+def _of_another_kind(path: Path, names: Sequence[str]) -> CheckpointUnsupported | None:
+    """Return the refusal of weights that are there and not read, if any are."""
+    candidates = [n for n in names if sidefiles.fate(n) is sidefiles.Fate.WEIGHTS]
+
+    def first(*patterns: str, among: Sequence[str] = candidates) -> str | None:
+        hits = (n for n in among if any(fnmatch.fnmatchcase(n, p) for p in patterns))
+        return next(hits, None)
 
     if found := first("adapter_model.safetensors", "adapter_model.bin"):
         return CheckpointUnsupported(
@@ -178,10 +191,4 @@ def _no_weights(
             path=path / found,
             hint=f"save them under the plain name {SINGLE_NAME}, or load that `variant`",
         )
-    return CheckpointIncomplete(
-        "no weights",
-        path=path,
-        expected=f"{wanted.single} or {wanted.index}",
-        found=", ".join(sorted(names)[:6]) or "an empty folder",
-        hint="point at a folder written by save_pretrained or a Trainer",
-    )
+    return None

@@ -91,15 +91,17 @@ class AutoConfig:
     def register(model_type: str, config: type[PreTrainedConfig], exist_ok: bool = False) -> None:
         """Make the auto classes use `config` for this model type in this process.
 
+        Registering again replaces what was registered, so that a cell may be run twice.
+
         Raises:
-            ValueError: `config.model_type` says something else, or the type is taken and
-                `exist_ok` is not set.
+            ValueError: `config.model_type` says something else, or the type is one of this
+                package's and `exist_ok` is not set.
         """
         if config.model_type != model_type:
             raise ValueError(
                 f"{config.__name__}.model_type is {config.model_type!r}, expected {model_type!r}"
             )
-        if not exist_ok and (model_type in registry.CONFIGS or model_type in _registered_configs):
+        if not exist_ok and model_type in registry.CONFIGS:
             raise ValueError(
                 f"model type {model_type!r} is taken; pass exist_ok=True to replace it"
             )
@@ -175,9 +177,11 @@ class _AutoModelClass:
     ) -> None:
         """Make this auto class build `model_class` for configurations of `config_class`.
 
+        Registering again replaces what was registered, so that a cell may be run twice.
+
         Raises:
-            ValueError: the model names another `config_class`, or there is one already and
-                `exist_ok` is not set.
+            ValueError: the model names another `config_class`, or there is one in this package
+                and `exist_ok` is not set.
         """
         own = getattr(model_class, "config_class", None)
         if own is not None and own.__name__ != config_class.__name__:
@@ -185,7 +189,7 @@ class _AutoModelClass:
                 f"{model_class.__name__}.config_class is {own.__name__}, "
                 f"expected {config_class.__name__}"
             )
-        if not exist_ok and (config_class in cls._registered or cls._native(config_class)):
+        if not exist_ok and cls._native(config_class):
             raise ValueError(
                 f"{cls.__name__} has a model for {config_class.__name__}; "
                 "pass exist_ok=True to replace it"

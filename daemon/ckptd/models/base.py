@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ckptd.models import attention, initializing, resizing, tied
+from ckptd.models import attention, initializing, lookups, resizing, tied
 from ckptd.models.checkpointing import TrainingMixin
 from ckptd.models.config import PreTrainedConfig
 from ckptd.models.generation_config import GenerationConfig
@@ -56,6 +56,13 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
     _supports_assign_param_buffer: ClassVar[bool] = True
     _auto_class: ClassVar[str | None] = None
     _is_loaded_from_checkpoint: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Take `config_class` from the annotation `config: MyConfig`, where only that is given."""
+        super().__init_subclass__(**kwargs)
+        found = lookups.annotated_config(cls)
+        if found is not None and "config_class" not in cls.__dict__:
+            cls.config_class = found
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -305,7 +312,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
 
         Args:
             attn_implementation: a name for the whole model, or names by sub-configuration, "" being
-                the top one.
+                the top one; one that is not there is skipped with a warning.
 
         Raises:
             ValueError: an unknown name, or one this model does not support.
@@ -316,7 +323,10 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
             wanted if isinstance(wanted, dict) else dict.fromkeys(["", *self._parts()], wanted)
         )
         for part, name in by_part.items():
-            config = self.config if not part else getattr(self.config, part)
+            config = self.config if not part else getattr(self.config, part, None)
+            if not isinstance(config, PreTrainedConfig):
+                _log.warning("%s has no %r: set_attn_implementation skips it", type(self), part)
+                continue
             config._attn_implementation = attention.resolve(
                 name, supports_sdpa=self._supports_sdpa, class_name=type(self).__name__
             )

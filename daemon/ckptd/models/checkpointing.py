@@ -26,7 +26,7 @@ class GradientCheckpointingLayer(nn.Module):
     """A layer whose call is checkpointed while it trains and its flag is set.
 
     The first positional argument is the hidden states; further tensors may be positional or by
-    name. A cache makes no sense while activations are computed twice, so it is switched off.
+    name: either way gradients flow into them, with reentrance too. A cache makes no sense while activations are computed twice, so it is switched off.
     """
 
     gradient_checkpointing = False
@@ -43,7 +43,29 @@ class GradientCheckpointingLayer(nn.Module):
             kwargs["use_cache"] = False
         run = self._gradient_checkpointing_func
         assert run is not None
-        return run(functools.partial(super().__call__, **kwargs), *args)
+        names = [name for name, value in kwargs.items() if _wants_gradient(value)]
+        tensors = [kwargs.pop(name) for name in names]
+        whole = functools.partial(super().__call__, **kwargs)
+        return run(_Renamed(whole, names), *args, *tensors)
+
+
+class _Renamed:
+    """A call that takes its last arguments by position and passes them on by name.
+
+    Reentrant checkpoints detach only what they are given by position.
+    """
+
+    def __init__(self, call: Callable[..., Any], names: list[str]) -> None:
+        self._call = call
+        self._names = names
+
+    def __call__(self, *args: Any) -> Any:
+        count = len(args) - len(self._names)
+        return self._call(*args[:count], **dict(zip(self._names, args[count:], strict=True)))
+
+
+def _wants_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def enable(model: nn.Module, kwargs: Mapping[str, Any] | None) -> None:

@@ -1,14 +1,19 @@
 """Finding the parts of a model that every class calls a little differently.
 
-`LookupsMixin` finds and replaces embeddings, head, encoder and decoder by the names that models use.
+`LookupsMixin` finds and replaces embeddings, head, encoder and decoder by the names that models use;
+`annotated_config` finds the configuration class of a model class that only annotates it.
 Pure attribute access; no weights are touched.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from ckptd.models.config import PreTrainedConfig
 
 if TYPE_CHECKING:
     _Module = nn.Module
@@ -148,6 +153,15 @@ class LookupsMixin(_Module):
         if name is not None:
             setattr(self, name, module)
         return name is not None
+
+
+def annotated_config(cls: type) -> type[PreTrainedConfig] | None:
+    """Return the class that `cls` annotates its `config` with; None where it says nothing usable."""
+    found = inspect.get_annotations(cls).get("config")
+    if isinstance(found, str):
+        found = getattr(sys.modules.get(cls.__module__), found, None)
+    is_config = isinstance(found, type) and issubclass(found, PreTrainedConfig)
+    return found if is_config else None
 
 
 def _encoders(modality: str | None) -> tuple[str, ...]:

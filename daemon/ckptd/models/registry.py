@@ -61,6 +61,7 @@ MODELS: dict[str, dict[str, Entry]] = {
         "vit": (f"{_NATIVE}.vit", "ViTModel"),
     },
     "causal_lm": {
+        "bert": (f"{_NATIVE}.bert", "BertLMHeadModel"),
         "gemma2": (f"{_NATIVE}.gemma2", "Gemma2ForCausalLM"),
         "gemma3_text": (f"{_NATIVE}.gemma3", "Gemma3ForCausalLM"),
         "gpt2": (f"{_NATIVE}.gpt2", "GPT2LMHeadModel"),
@@ -74,6 +75,7 @@ MODELS: dict[str, dict[str, Entry]] = {
         "qwen2": (f"{_NATIVE}.qwen2", "Qwen2ForCausalLM"),
         "qwen3": (f"{_NATIVE}.qwen3", "Qwen3ForCausalLM"),
         "qwen3_moe": (f"{_NATIVE}.qwen3_moe", "Qwen3MoeForCausalLM"),
+        "roberta": (f"{_NATIVE}.roberta", "RobertaForCausalLM"),
         "smollm3": (f"{_NATIVE}.smollm3", "SmolLM3ForCausalLM"),
     },
     "masked_lm": {
@@ -88,6 +90,7 @@ MODELS: dict[str, dict[str, Entry]] = {
         "gemma2": (f"{_NATIVE}.gemma2", "Gemma2ForSequenceClassification"),
         "gemma3_text": (f"{_NATIVE}.gemma3", "Gemma3TextForSequenceClassification"),
         "gpt2": (f"{_NATIVE}.gpt2", "GPT2ForSequenceClassification"),
+        "gpt_neox": (f"{_NATIVE}.gpt_neox", "GPTNeoXForSequenceClassification"),
         "llama": (f"{_NATIVE}.llama", "LlamaForSequenceClassification"),
         "mistral": (f"{_NATIVE}.mistral", "MistralForSequenceClassification"),
         "mixtral": (f"{_NATIVE}.mixtral", "MixtralForSequenceClassification"),
@@ -102,6 +105,8 @@ MODELS: dict[str, dict[str, Entry]] = {
     "token_classification": {
         "bert": (f"{_NATIVE}.bert", "BertForTokenClassification"),
         "gemma2": (f"{_NATIVE}.gemma2", "Gemma2ForTokenClassification"),
+        "gpt2": (f"{_NATIVE}.gpt2", "GPT2ForTokenClassification"),
+        "gpt_neox": (f"{_NATIVE}.gpt_neox", "GPTNeoXForTokenClassification"),
         "llama": (f"{_NATIVE}.llama", "LlamaForTokenClassification"),
         "mistral": (f"{_NATIVE}.mistral", "MistralForTokenClassification"),
         "mixtral": (f"{_NATIVE}.mixtral", "MixtralForTokenClassification"),
@@ -114,6 +119,8 @@ MODELS: dict[str, dict[str, Entry]] = {
     },
     "question_answering": {
         "bert": (f"{_NATIVE}.bert", "BertForQuestionAnswering"),
+        "gpt2": (f"{_NATIVE}.gpt2", "GPT2ForQuestionAnswering"),
+        "gpt_neox": (f"{_NATIVE}.gpt_neox", "GPTNeoXForQuestionAnswering"),
         "llama": (f"{_NATIVE}.llama", "LlamaForQuestionAnswering"),
         "mistral": (f"{_NATIVE}.mistral", "MistralForQuestionAnswering"),
         "mixtral": (f"{_NATIVE}.mixtral", "MixtralForQuestionAnswering"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from ckptd.models.native import gpt2
@@ -214,6 +215,20 @@ def test_checkpointing() -> None:
     values = SMALL | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = gpt2.GPT2LMHeadModel(gpt2.GPT2Config(**values))
     oracle.same_gradients(model, input_ids=oracle.ids(), labels=oracle.ids())
+
+
+def test_body_with_old_buffers(tmp_path: Any) -> None:
+    """A body's file, with the masks that old releases saved in it, loads into the head model whole."""
+    both = oracle.make("GPT2Model", "sdpa", SMALL)
+    both.theirs.save_pretrained(tmp_path)
+    old = {f"h.{idx}.attn.bias": torch.ones(1, 1, 64, 64) for idx in range(2)}
+    safetensors.torch.save_file({**both.saved, **old}, tmp_path / "model.safetensors")
+    model, info = gpt2.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        found = model.transformer(oracle.ids()).last_hidden_state
+        oracle.close(both.theirs(oracle.ids()).last_hidden_state, found)
 
 
 def test_half() -> None:

@@ -216,6 +216,14 @@ def test_the_cache_by_hand(config, elements) -> None:
     assert kv_cache.num_elements(config, context=1000, batch=1) == elements
 
 
+def test_absurd_layer_counts_cost_nothing() -> None:
+    """A hostile config.json is counted, not unrolled; what shares everything keeps nothing."""
+    config = {"num_hidden_layers": 2**70, "num_attention_heads": 4, "head_dim": 8}
+    assert kv_cache.num_elements(config, context=10, batch=1) == 2**70 * 2 * 4 * 8 * 10
+    shared = config | {"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 3}
+    assert kv_cache.num_elements(shared, context=10, batch=1) == 0
+
+
 @pytest.mark.parametrize(
     "more",
     [
