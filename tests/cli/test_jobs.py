@@ -111,6 +111,38 @@ def test_info(ckptd: Call) -> None:
 
 
 @pytest.mark.usefixtures("store")
+def test_info_on_a_checkpoint(ckptd: Call) -> None:
+    """A checkpoint without a job is explained too, by its folder; unknown ones are a usage error."""
+    out = ckptd("jobs", "info", "/runs/demo/half").out
+    assert "incomplete" in out
+    assert "shard 2 is missing" in out
+    (seen,) = ckptd("jobs", "info", "/runs/demo/half/", "--json").value["sightings"]
+    assert (seen["pipeline"], seen["verdict"]) == ("publish", "incomplete")
+    unknown = ckptd("jobs", "info", "/runs/demo/none")
+    assert unknown.code == 2
+    assert "not been seen" in unknown.err
+
+
+def test_a_table_leaves_the_checkpoint_out_of_its_reason(ckptd: Call, store: Path) -> None:
+    """The reason is cut short in a table: it does not begin with the path that stands beside it."""
+    path = "/runs/demo/a-rather-long-name-of-a-run/checkpoint-123456"
+    with Database(store) as database:
+        for pipeline, reason in (("p", f"{path}/model.safetensors: torn"), ("q", f"{path}: empty")):
+            seen = Sighting(
+                source_path=path,
+                pipeline=pipeline,
+                fingerprint_id="f",
+                verdict=Verdict.REFUSED,
+                reason=reason,
+                at=time.time(),
+            )
+            database.note(seen)
+    lines = ckptd("jobs", "ls", "--all").out.splitlines()
+    assert any(line.endswith("  model.safetensors: torn") for line in lines)
+    assert any(line.endswith("  empty") for line in lines)
+
+
+@pytest.mark.usefixtures("store")
 def test_retry_and_cancel(ckptd: Call) -> None:
     """A failed job can be queued again, a queued one cancelled; what makes no sense is refused."""
     assert ckptd("jobs", "retry", "aa").out == f"job {FAILED_ID} is queued\n"

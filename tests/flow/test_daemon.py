@@ -227,11 +227,38 @@ def test_an_incomplete_checkpoint_waits_and_a_broken_one_is_refused(node: Deploy
     reasons = {Path(s.source_path).name: s.reason or "" for s in node.sightings()}
     assert "trainer_state.json" in reasons["checkpoint-1"]
     assert "truncated" in reasons["checkpoint-2"]
+    assert str(weights) in reasons["checkpoint-2"]
+    assert ".ckptd" not in str(reasons)
     assert not node.jobs()
 
     (waiting / "trainer_state.json").write_text(json.dumps({"global_step": 1}))
     (job,) = node.wait_for_ended(1)
     assert job.state is State.PUBLISHED
+
+
+def test_a_failed_job_names_the_checkpoint_and_not_its_pin(node: Deployment) -> None:
+    """The pin is gone when somebody reads the reason: it names the folder that the trainer wrote."""
+    node.define(stages="  - resize: {to: 10}\n")
+    node.start()
+    folder = node.runs / "run" / "checkpoint-1"
+    write_checkpoint(folder, 1)
+    (job,) = node.wait_for_ended(1)
+    assert job.state is State.REFUSED
+    assert str(folder) in (job.reason or "")
+    assert ".ckptd" not in (job.reason or "")
+    assert ".ckptd" not in node.log_path.read_text().partition("job refused")[2]
+
+
+def test_a_runner_that_died_while_it_waited_costs_no_job_a_try(node: Deployment) -> None:
+    """Killed between jobs (out of memory, by hand), it is replaced before the next job begins."""
+    node.define()
+    node.start()
+    before = node.wait_for(node.runner_pids)
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    write_checkpoint(node.runs / "run" / "checkpoint-1", 1)
+    (job,) = node.wait_for_ended(1)
+    assert (job.state, job.attempt, job.failures) == (State.PUBLISHED, 1, 0)
 
 
 def test_definitions_are_reloaded_and_a_broken_one_keeps_the_last_good(node: Deployment) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import socket
 import types
 from collections.abc import Callable, Iterator
@@ -123,6 +124,23 @@ async def test_a_long_wait_asked_by_storage_surfaces(
         await upload(lfs, shard, lambda _: None)
     assert caught.value.retry_after_s == 3600
     assert wire.count("PUT") == 1
+
+
+async def test_retries_of_storage_are_logged_without_signatures(
+    lfs: client.HubClient, wire: Any, shard: push.LocalFile, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the library says about a repeated PUT names no signed link: it lets anybody write."""
+    await lfs.create_repo(REPO, private=True)
+    wire.on("PUT", "", wire.refuse(500))
+    monitored = logging.getLogger("huggingface_hub")
+    monitored.addHandler(caplog.handler)
+    try:
+        await upload(lfs, shard, lambda _: None)
+    finally:
+        monitored.removeHandler(caplog.handler)
+    assert wire.count("PUT") == 2
+    assert "/lfs/objects/" in caplog.text
+    assert "signature=" not in caplog.text
 
 
 async def test_sent_bytes_are_counted_once(

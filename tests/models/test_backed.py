@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from ckptd import errors
 from ckptd.models import AutoModel, AutoModelForCausalLM
 from ckptd.models.backed import BackedModel

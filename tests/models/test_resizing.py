@@ -21,9 +21,17 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    # transformers makes every T5 a tied one
+    [
+        (name, tied)
+        for name in CLASSES
+        for tied in (True, False)
+        if tied or not name.startswith("T5")
+    ],
+)
 def test_shapes_old_rows_and_configuration_are_those_of_transformers(
     name: str, case: dict[str, Any], tied: bool
 ) -> None:

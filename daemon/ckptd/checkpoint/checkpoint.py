@@ -114,7 +114,7 @@ def _opened(
         name=named.name,
         layout=chosen.name,
         layout_reason=reason,
-        config=index.read_json(config_path),
+        config=_read_config(config_path),
         config_path=config_path,
         tensors=tensors,
         stamps={shard.path: shard.stamp for shard in headers},
@@ -200,6 +200,16 @@ def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path:
         hint="name a folder that has it with `assets:` in the definition (--assets on the "
         "command line)",
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = index.read_json(path)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise CheckpointCorrupt(
+            "model_type is not text", path=path, expected="a name", found=repr(model_type)[:120]
+        )
+    return config
 
 
 def _side_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from ckptd.jobs.store import Sighting
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Job id, or the beginning of one.")]
+JobOrFolder = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="Job id, the beginning of one, or a checkpoint's folder."),
+]
 _REASON_CHARS = 60
 
 
@@ -36,7 +41,9 @@ def add_to(app: typer.Typer) -> None:
             "ckptd jobs ls --all --json",
         )
     )(ls)
-    group.command(epilog=arguments.examples("ckptd jobs info 3f2a"))(info)
+    group.command(
+        epilog=arguments.examples("ckptd jobs info 3f2a", "ckptd jobs info /runs/a/checkpoint-500")
+    )(info)
     group.command(epilog=arguments.examples("ckptd jobs retry 3f2a"))(retry)
     group.command(epilog=arguments.examples("ckptd jobs cancel 3f2a"))(cancel)
     app.add_typer(group, name="jobs")
@@ -82,13 +89,20 @@ def ls(
 
 
 def info(
-    job_id: JobId,
+    job_id: JobOrFolder,
     settings: SettingsFile = None,
     state_dir: StateFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Show one job: where it stands and why, what it did, what happened to it."""
+    """Show one job: where it stands and why, what it did, what happened to it.
+
+    For a checkpoint's folder, which need not have got a job: what each pipeline made of it.
+    """
     output = Output(as_json=as_json)
+    if os.sep in job_id:
+        with _require(settings, state_dir) as database:
+            _tell_seen(str(arguments.absolute(Path(job_id))), database, output)
+        return
     with _require(settings, state_dir) as database:
         job = database.get(job_id)
         history = database.history(job.job_id)
@@ -167,6 +181,32 @@ def outcome_fields(outcome: Outcome | None) -> dict[str, object]:
     }
 
 
+def _tell_seen(path: str, database: Database, output: Output) -> None:
+    """Show what every pipeline last made of the checkpoint at `path`."""
+    seen = [sighting for sighting in database.sightings() if sighting.source_path == path]
+    if not seen:
+        raise errors.UsageError(
+            f"{path} has not been seen as a checkpoint",
+            hint="ckptd jobs ls --all shows all; ckptd status shows what is watched",
+        )
+    if output.as_json:
+        output.value({"sightings": seen})
+        return
+    for number, one in enumerate(seen):
+        if number:
+            output.data()
+        output.fields(
+            {
+                "checkpoint": one.source_path,
+                "pipeline": one.pipeline,
+                "verdict": one.verdict.value,
+                "reason": one.reason,
+                "job": one.job_id,
+                "seen": _when(one.at),
+            }
+        )
+
+
 def _tell_moved(job: Job, output: Output) -> None:
     if output.as_json:
         output.value(_summary(job))
@@ -188,7 +228,7 @@ def _print_jobs(found: Any, output: Output) -> None:
                 job.spec.target or "-",
                 str(job.attempt),
                 _when(job.updated_at),
-                _short(job.reason),
+                _short(job.reason, job.spec.source_path),
             )
             for job in found
         ],
@@ -200,7 +240,13 @@ def _print_sightings(sightings: list[Sighting], output: Output) -> None:
     output.table(
         ("CHECKPOINT", "PIPELINE", "VERDICT", "SEEN", "WHY"),
         [
-            (s.source_path, s.pipeline, s.verdict.value, _when(s.at), _short(s.reason))
+            (
+                s.source_path,
+                s.pipeline,
+                s.verdict.value,
+                _when(s.at),
+                _short(s.reason, s.source_path),
+            )
             for s in sightings
         ],
     )
@@ -268,6 +314,8 @@ def _when(at: float | None) -> str:
     return "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _short(text: str | None) -> str:
+def _short(text: str | None, source_path: str) -> str:
+    """Return one line of bounded length, without the folder that the row names already."""
     line = " ".join((text or "").split())
+    line = line.replace(f"{source_path}/", "").removeprefix(f"{source_path}: ")
     return line if len(line) <= _REASON_CHARS else line[: _REASON_CHARS - 1] + "…"

@@ -84,6 +84,7 @@ def configure(timeouts: Timeouts | None = None) -> None:
     if _Session.limits != limits:
         _Session.limits = limits
         set_client_factory(_Session)
+    _http.logger.addFilter(translate.clean_record)  # its lines name signed upload links
     constants.HF_HUB_DISABLE_TELEMETRY = True  # or each process asks the endpoint who calls it
     if not are_progress_bars_disabled():
         disable_progress_bars()

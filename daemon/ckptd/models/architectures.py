@@ -193,7 +193,7 @@ def find(config: Mapping[str, Any]) -> Architecture | None:
     `model_type` has; without `architectures`, the widest class of `model_type` (not exact).
     """
     names = config.get("architectures") or ()
-    model_type = config.get("model_type")
+    model_type = _text(config.get("model_type"))
     name = names[0] if isinstance(names, list | tuple) and names else None
     if name is None:
         name, exact = _widest(model_type), False
@@ -215,6 +215,10 @@ def table() -> Mapping[str, Any]:
 def _tied_by_default(model_type: object, otherwise: bool) -> bool:
     known: Mapping[str, bool] = table()["tied_by_default"]
     return known.get(model_type, otherwise) if isinstance(model_type, str) else otherwise
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _widest(model_type: object) -> str | None:
@@ -243,7 +247,7 @@ def _with_parts(name: str, config: Mapping[str, Any]) -> Architecture:
     name, entry = _variant(name, config)
     found = _read(name, entry)
     for module, path, model_type, default, prefixes in entry.get("parts", ()):
-        filled = configuration.get(config, f"{path}.model_type")
+        filled = _text(configuration.get(config, f"{path}.model_type"))
         if filled is None or filled == model_type:
             continue
         kinds = [k for k in _KINDS[::-1] if table()["auto"][k].get(model_type) == default]

@@ -1,7 +1,7 @@
 """Scaled dot-product attention, and which implementation a model may ask for.
 
 `attend` is the one place where queries meet keys. `eager` spells the arithmetic out (softmax in
-float32) and can give the weights; `sdpa` is `torch.nn.functional.scaled_dot_product_attention`,
+float32 or more) and can give the weights; `sdpa` is `torch.nn.functional.scaled_dot_product_attention`,
 which picks a fused kernel and gives none. Query heads outnumber key-value heads by a whole factor
 (grouped-query attention): head h reads key-value head h // (H // K).
 
@@ -15,10 +15,14 @@ Shapes: B batch, H query heads, K key-value heads, G = H // K, T queries, S keys
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
+from typing import Any
 
 import torch
 from torch.nn import functional
+
+_log = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 """What runs here. The flash names run through `sdpa`, whose CUDA kernels are the same algorithm."""
@@ -69,6 +73,33 @@ def resolve(requested: str | None, *, supports_sdpa: bool, class_name: str) -> s
             " `sdpa` runs the same algorithm on CUDA without it"
         )
     return name
+
+
+def choose(model: Any, wanted: str | dict[str, str]) -> None:
+    """Let `model`, and the models inside it, attend as `wanted`: see `set_attn_implementation`.
+
+    Raises:
+        ImportError, ValueError: as `resolve` does for one of the models; then nothing is changed.
+    """
+    top = model.config
+    parts = {name: getattr(top, name, None) for name in top.sub_configs}
+    parts = {"": top} | {name: config for name, config in parts.items() if config is not None}
+    by_part = wanted if isinstance(wanted, dict) else dict.fromkeys(parts, wanted)
+    models = [module for module in model.modules() if hasattr(module, "_supports_sdpa")]
+    resolved = {}
+    for part, name in by_part.items():
+        if part not in parts:
+            _log.warning("%s has no part %r: its attention is not set", type(model).__name__, part)
+            continue
+        user = next((one for one in models if one.config is parts[part]), model)
+        resolved[part] = resolve(
+            name, supports_sdpa=user._supports_sdpa, class_name=type(user).__name__
+        )
+    for part, name in resolved.items():
+        parts[part]._attn_implementation = {"": name}
+    for inner in models:
+        if "" in resolved and not any(inner.config is config for config in parts.values()):
+            inner.config._attn_implementation = {"": resolved[""]}
 
 
 def attend(
@@ -131,7 +162,9 @@ def _eager(
         scores_BHTS = torch.tanh(scores_BHTS / softcap) * softcap
     if mask is not None:
         scores_BHTS = scores_BHTS + _additive(mask, scores_BHTS.dtype)
-    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(query_BHTD.dtype)
+    # The lowest float64 would be -inf in float32, and a row that sees nothing not a number.
+    precise = torch.promote_types(scores_BHTS.dtype, torch.float32)
+    weights_BHTS = scores_BHTS.softmax(dim=-1, dtype=precise).to(query_BHTD.dtype)
     weights_BHTS = functional.dropout(weights_BHTS, p=rate, training=rate > 0)
     out_BHTD = torch.matmul(weights_BHTS, value_BHSD)
     return out_BHTD.transpose(1, 2).contiguous(), weights_BHTS

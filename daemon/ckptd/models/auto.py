@@ -116,7 +116,7 @@ class _AutoModelClass:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._head = registry.AUTO_CLASSES[cls.__name__]
+        cls._head = registry.AUTO_CLASSES.get(cls.__name__, "base")
         cls._registered = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -263,6 +263,20 @@ class AutoModelForQuestionAnswering(_AutoModelClass):
 
 class AutoModelForImageClassification(_AutoModelClass):
     """The model with one label an image."""
+
+
+class AnyModel(_AutoModelClass):
+    """The model of the class that config.json names, what `PreTrainedModel` itself loads.
+
+    Where that class is not here: the model without a head, or the checkpoint-backed one.
+    """
+
+    @classmethod
+    def _found(cls, config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
+        named = registry.find_class((config.architectures or [""])[0])
+        if named is not None and getattr(named, "config_class", None) is type(config):
+            return named, config
+        return AutoModel._found(config)
 
 
 def _config_class(model_type: str) -> Any:

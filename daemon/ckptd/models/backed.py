@@ -19,7 +19,7 @@ from torch import nn
 
 from ckptd import errors
 from ckptd.checkpoint.header import StoredTensor, TensorSpec
-from ckptd.models import embeddings, files, initializing, registry, resizing, ties
+from ckptd.models import embeddings, files, initializing, load_options, registry, resizing, ties
 from ckptd.models.architectures import Role
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.config import PreTrainedConfig
@@ -39,10 +39,22 @@ class BackedModel(PreTrainedModel):
     """Saving writes the architecture that the checkpoint names, not this class."""
     _is_loaded_from_checkpoint = True
 
-    def __init__(self, config: PreTrainedConfig, stored: Mapping[str, StoredTensor]) -> None:
-        """Make the modules that the names of `stored` tensors say, without values."""
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        stored: Mapping[str, StoredTensor],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the modules that the names of `stored` tensors say, without values.
+
+        Args:
+            config: of any architecture.
+            stored: the tensors by name.
+            dtype: of those that are floating and wider than a byte; None keeps each one's own.
+        """
         super().__init__(config)
         self._stored = dict(stored)
+        self._wanted_dtype = dtype
         self._roles = self._find_roles()
         for tensor in stored.values():
             self._plant(tensor)
@@ -57,6 +69,8 @@ class BackedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """Return the model of a folder or of a repo on the Hub; arguments as the base class has.
+
+        Without a `dtype` every tensor keeps its own, also where they differ.
 
         Raises:
             OSError: no such folder, repo or file, or a file that is not whole.
@@ -75,7 +89,8 @@ class BackedModel(PreTrainedModel):
         )
         source = files.pinned(name, Source.taken_from(places))
         found = files.read(name, source, wanted)
-        return super().from_pretrained(name, found.tensors, config=config, **kwargs)
+        dtype = load_options.as_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
+        return super().from_pretrained(name, found.tensors, dtype, config=config, **kwargs)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse: nothing here knows how this architecture computes.
@@ -197,6 +212,8 @@ class BackedModel(PreTrainedModel):
             node = node._modules[part]  # type: ignore[assignment]
         kind = fill.torch_dtype(stored)
         wants_gradient = kind.is_floating_point and kind.itemsize > 1
+        if wants_gradient and self._wanted_dtype is not None:
+            kind = self._wanted_dtype
         if self._roles.get(spec.name) is Role.LOGITS_BIAS:
             node.register_buffer(leaf, torch.empty(spec.shape, dtype=kind))
             return

@@ -9,6 +9,7 @@ modules of their own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -204,16 +205,20 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
 
         See `models.loading` for every argument; with `output_loading_info=True` a pair of the model
         and a dictionary of missing, unexpected and mismatched keys and error messages.
+        `PreTrainedModel` itself gives the class that config.json names, and the checkpoint-backed
+        model where there is none.
 
         Raises:
             OSError: no such folder, repo, revision or file, or a file that is not whole.
             RuntimeError: shapes do not fit and `ignore_mismatched_sizes` is not set.
             ValueError: arguments that exclude each other, or an unknown dtype.
         """
-        from ckptd.models import loading
+        from ckptd.models import auto, loading
 
-        return loading.load(
-            cls,
+        load: Callable[..., Any] = functools.partial(loading.load, cls)
+        if cls is PreTrainedModel and (pretrained_model_name_or_path, config) != (None, None):
+            load = auto.AnyModel.from_pretrained
+        return load(
             pretrained_model_name_or_path,
             *model_args,
             config=config,
@@ -312,28 +317,14 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
 
         Args:
             attn_implementation: a name for the whole model, or names by sub-configuration, "" being
-                the top one; one that is not there is skipped with a warning.
+                the top one. Each part is held to what its own model supports; a part that is
+                not named keeps its choice, one that is not there is skipped with a warning.
 
         Raises:
             ValueError: an unknown name, or one this model does not support.
             ImportError: a package it needs is not installed.
         """
-        wanted = attn_implementation
-        by_part = (
-            wanted if isinstance(wanted, dict) else dict.fromkeys(["", *self._parts()], wanted)
-        )
-        for part, name in by_part.items():
-            config = self.config if not part else getattr(self.config, part, None)
-            if not isinstance(config, PreTrainedConfig):
-                _log.warning("%s has no %r: set_attn_implementation skips it", type(self), part)
-                continue
-            config._attn_implementation = attention.resolve(
-                name, supports_sdpa=self._supports_sdpa, class_name=type(self).__name__
-            )
-        if "" in by_part:
-            for module in self.modules():
-                if isinstance(module, PreTrainedModel) and module.config is not self.config:
-                    module.config._attn_implementation = self.config._attn_implementation
+        attention.choose(self, attn_implementation)
 
     def get_compiled_call(self, compile_config: Any = None) -> Callable[..., Any]:
         """Return a compiled `__call__`, kept until another configuration is asked for.
@@ -368,9 +359,6 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
             text += f" (the pad token {pad} is also bos, eos or sep: ignore this if it was meant)"
         _log.warning(text)
         self.warnings_issued["padding"] = True
-
-    def _parts(self) -> list[str]:
-        return [name for name in self.config.sub_configs if hasattr(self.config, name)]
 
 
 @contextlib.contextmanager

@@ -132,11 +132,19 @@ class LookupsMixin(_Module):
         return self
 
     def set_decoder(self, decoder: nn.Module) -> None:
-        """Put `decoder` where `get_decoder` looks; nothing happens where there is no such place."""
+        """Put `decoder` where `get_decoder` looks, also where that is the whole model below a head.
+
+        Nothing happens on a model that is itself the decoder. (The original does nothing on one
+        with a head, either, and so drops what it was given.)
+        """
         if self._replaced(_DECODERS, decoder):
             return
         inner = self.base_model
-        if inner is not self and hasattr(inner, "set_decoder"):
+        if inner is self or not hasattr(inner, "set_decoder"):
+            return
+        if inner.get_decoder() is inner:  # type: ignore[operator]
+            setattr(self, self.base_model_prefix, decoder)
+        else:
             inner.set_decoder(decoder)  # type: ignore[operator]
 
     def _embedding_holder(self) -> Any:

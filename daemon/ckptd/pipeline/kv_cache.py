@@ -35,12 +35,12 @@ def num_elements(config: Mapping[str, Any], *, context: int, batch: int) -> int 
     if any(config.get(key) is not None for key in _UNEVEN):
         return None
     kinds = config.get("layer_types")
+    shared = _integer(config, "num_kv_shared_layers") or 0
     if not isinstance(kinds, list):
         if any(key.startswith(_RECURRENT) for key in config):
             return None
-        kinds = ["full_attention"] * layers
-    shared = _integer(config, "num_kv_shared_layers") or 0
-    tokens = [_tokens(kind, config, context) for kind in kinds[: len(kinds) - shared]]
+        return max(0, layers - shared) * context * batch * width
+    tokens = [_tokens(kind, config, context) for kind in kinds[: max(0, len(kinds) - shared)]]
     known = [count for count in tokens if count is not None]
     return sum(known) * batch * width if len(known) == len(tokens) else None
 

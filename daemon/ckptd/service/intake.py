@@ -53,6 +53,10 @@ class _Candidate:
     ended: bool = False
     why: str | None = None
 
+    def told(self, text: str) -> str:
+        """Return `text` about the folder that the trainer wrote, where it names the pin."""
+        return text.replace(str(self.pin_path), str(self.path))
+
 
 class Intake:
     """What happens with the checkpoints of one watched place; owned by the task that runs it."""
@@ -249,6 +253,7 @@ class Intake:
         await self._note(candidate, Verdict.TAKEN, job_id=spec.job_id)
 
     async def _wait(self, candidate: _Candidate, why: str) -> None:
+        why = candidate.told(why)
         if candidate.why == why:
             return
         candidate.why = why
@@ -280,6 +285,7 @@ class Intake:
             await self._wait(candidate, str(error))
 
     async def _drop(self, candidate: _Candidate, verdict: Verdict, reason: str) -> None:
+        reason = candidate.told(reason)
         self._log.warning(f"checkpoint {verdict.value}", checkpoint=str(candidate.path), why=reason)
         await to_thread.run_sync(self._pins.release, candidate.pin_path)
         await self._note(candidate, verdict, reason=reason)

@@ -35,6 +35,11 @@ class RunnerProcess:
         """The process id."""
         return self._process.pid
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is known to have ended."""
+        return self._process.returncode is not None
+
     async def send(self, command: progress.Command) -> bool:
         """Send a command; return False if the process no longer listens."""
         assert self._process.stdin is not None

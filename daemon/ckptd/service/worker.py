@@ -8,6 +8,7 @@ the runner killed, the daemon stopped. A runner that failed is replaced.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import time
 from collections.abc import Callable
@@ -74,8 +75,12 @@ class Worker:
 
     async def _slot(self, worker: str) -> None:
         runner: RunnerProcess | None = None
+        idle_deaths = 0
         try:
             while True:
+                if runner is not None and runner.has_ended:
+                    await self._mourn(runner, idle_deaths)
+                    runner, idle_deaths = None, idle_deaths + 1
                 if runner is None:
                     try:
                         runner = await RunnerProcess.start(preload=self._options.preload())
@@ -92,12 +97,20 @@ class Worker:
                     with anyio.move_on_after(POLL_S):
                         await news.wait()
                     continue
+                idle_deaths = 0
                 if not await self._do(job, runner, worker):
                     await runner.close()
                     runner = None
         finally:
             if runner is not None:
                 await runner.close()
+
+    async def _mourn(self, runner: RunnerProcess, idle_deaths: int) -> None:
+        """Tidy up after a runner that died while it waited: no job's fault, so no job's failure."""
+        failure = await self._death(runner)
+        log.warning("runner replaced", why=failure.message)
+        if idle_deaths:
+            await anyio.sleep(START_PAUSE_S)
 
     async def _do(self, job: Job, runner: RunnerProcess, worker: str) -> bool:
         """Have `runner` do `job`; return whether the runner can take another one."""
@@ -202,6 +215,9 @@ class Worker:
             logger.info(f"job {ended.state.value}", reason=ended.reason)
         else:
             failure = ending.failure if ending is not None else await self._death(runner)
+            # The pin that was read is gone when a person reads the reason.
+            told = failure.message.replace(job.spec.pinned_path, job.spec.source_path)
+            failure = dataclasses.replace(failure, message=told)
             ended = await self._store.fail(
                 job_id,
                 failure,
