@@ -174,6 +174,29 @@ def test_incoherent_vocabularies_are_refused_by_name(name) -> None:
         embeddings.find(config, {"x.weight": Spec()}, path="x")
 
 
+@pytest.mark.parametrize("decoder_rows", [97, 77])
+def test_a_source_and_a_target_vocabulary_of_two_sizes_are_refused(decoder_rows: int) -> None:
+    """One number of rows cannot serve two tokenizers; where the sizes agree it is one vocabulary."""
+    config = {
+        "architectures": ["MarianMTModel"],
+        "model_type": "marian",
+        "share_encoder_decoder_embeddings": False,
+        "vocab_size": 97,
+        "decoder_vocab_size": decoder_rows,
+        "d_model": 32,
+    }
+    tensors = {
+        "model.encoder.embed_tokens.weight": Spec(),
+        "model.decoder.embed_tokens.weight": Spec(shape=(decoder_rows, 32)),
+        "final_logits_bias": Spec(shape=(1, decoder_rows)),
+    }
+    if decoder_rows == 97:
+        assert len(embeddings.find(config, tensors, path="/runs/x").tensors) == 3
+        return
+    with pytest.raises(errors.StageRefused, match="decoder_vocab_size"):
+        embeddings.find(config, tensors, path="/runs/x")
+
+
 def test_per_layer_embeddings_share_the_size() -> None:
     """Gemma 3n has a second table for the same tokens, with a key of its own."""
     config = {

@@ -366,8 +366,12 @@ def test_arguments_that_exclude_each_other_are_value_errors(tiny: Path) -> None:
         TinyBody.from_pretrained(tiny, device="cpu", device_map="cpu")
     with pytest.raises(ValueError, match="GGUF"):
         TinyBody.from_pretrained(tiny, gguf_file="x.gguf")
+
+    class Bare(PreTrainedModel):
+        """A class that does not say what its configuration is."""
+
     with pytest.raises(ValueError, match="config_class"):
-        PreTrainedModel.from_pretrained(tiny)
+        Bare.from_pretrained(tiny)
 
 
 def test_a_configuration_that_is_given_is_copied(tiny: Path) -> None:

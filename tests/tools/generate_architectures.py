@@ -786,8 +786,10 @@ def _resizing(entry: dict[str, Any], rows: list[list[Any]], derived: Derivation)
         entry["fixed"] = f"its head {heads[0][0]} has a vocabulary of its own ({heads[0][3]})"
     elif beyond:
         row = beyond[0]
-        more = f"{row[4]:+d}" if row[4] is not None and abs(row[4]) < VOCABULARY else "other"
-        entry["fixed"] = f"{row[0]} has {more} rows than {row[3]}"
+        known = row[4] is not None and abs(row[4]) < VOCABULARY
+        than = "more than" if known and row[4] > 0 else "fewer than"
+        rows = f"{abs(row[4])} rows {than}" if known else "another number of rows than"
+        entry["fixed"] = f"{row[0]} has {rows} {row[3]}"
     elif odd:
         entry["fixed"] = f"{odd[0][0]} depends on the vocabulary in a way of its own"
     elif (

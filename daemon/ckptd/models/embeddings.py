@@ -102,6 +102,7 @@ def find(
             path,
         )
     width = tensors[embedding].shape[0]
+    _check_output(tensors, placed, embedding, path)
     others = {found.locate(row.name, tensors) for row in found.rows if row not in rows}
     _check_others(config, tensors, {*placed, *others}, embedding, path)
     return Vocabulary(
@@ -185,6 +186,27 @@ def _fill(
         tie.flag.value(config) and found.role_of.get(tie.target) is Role.HEAD for tie in found.ties
     )
     return Fill.MEAN if heads and not tied else Fill.ZEROS
+
+
+def _check_output(
+    tensors: Mapping[str, Shaped], placed: Mapping[str, Row], embedding: str, path: Path | str
+) -> None:
+    """Refuse an output side that has a vocabulary, and a size, of its own (Marian, T5Gemma)."""
+    rows, key = tensors[embedding].shape[0], placed[embedding].key
+    for name, row in placed.items():
+        if row.role not in (Role.HEAD, Role.BIAS, Role.LOGITS_BIAS) or row.key == key:
+            continue
+        shape = tensors[name].shape
+        if row.axis < len(shape) and shape[row.axis] != rows:
+            raise errors.StageRefused(
+                f"belongs to another vocabulary ({row.key}) than the embedding ({key})",
+                stage=STAGE,
+                path=path,
+                tensor=name,
+                expected=f"{rows} rows",
+                found=f"{shape[row.axis]}",
+                hint="one number of rows cannot serve both: leave `resize` out",
+            )
 
 
 def _check_others(
