@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from ckptd.models import auto, registry
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
 
 AUTO_CLASSES = [getattr(auto, name) for name in registry.AUTO_CLASSES]
 ENTRIES = sorted(

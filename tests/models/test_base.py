@@ -15,7 +15,7 @@ from torch import nn
 
 from ckptd import models
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
 from tests.models.pairs import CLASSES, ours, theirs
 
 NAMES = list(CLASSES)

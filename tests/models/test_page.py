@@ -10,10 +10,11 @@ import torch
 import transformers
 from torch import nn
 
-from ckptd.models import attention, backed
+from ckptd.models import backed
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.checkpointing import GradientCheckpointingLayer
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.layers import attention
 from ckptd.models.native import llama
 
 

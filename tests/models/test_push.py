@@ -18,8 +18,9 @@ from starlette.requests import Request
 from ckptd import errors
 from ckptd.hub.blocking import BlockingPublisher
 from ckptd.hub.local.traffic import Fault
-from ckptd.models import push, saved_files, saving
+from ckptd.models import push
 from ckptd.models.native import llama
+from ckptd.models.saving import saved_files, saving
 
 REPO = "acme/tiny"
 SIZES: dict[str, Any] = {

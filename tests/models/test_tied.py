@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
 from tests.models.pairs import ours
 
 D_FINE = {

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
 
 
 class TinyConfig(PreTrainedConfig):

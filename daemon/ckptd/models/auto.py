@@ -13,8 +13,9 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar, NoReturn
 
-from ckptd.models import config_source, registry
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models import registry
+from ckptd.models.config import config_source
+from ckptd.models.config.config import PreTrainedConfig
 
 _BACKED: registry.Entry = ("ckptd.models.backed", "BackedModel")
 _MODEL_ONLY = ("dtype", "torch_dtype", "quantization_config", "adapter_kwargs")

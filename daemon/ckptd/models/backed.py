@@ -19,12 +19,13 @@ from torch import nn
 
 from ckptd import errors
 from ckptd.checkpoint.header import StoredTensor, TensorSpec
-from ckptd.models import embeddings, files, initializing, load_options, registry, resizing, ties
+from ckptd.models import embeddings, initializing, registry, resizing, ties
 from ckptd.models.architectures import Role
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.config import PreTrainedConfig
-from ckptd.models.config_source import SOURCE_KEYS, Source
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.config_source import SOURCE_KEYS, Source
 from ckptd.models.embeddings import Fill, Vocabulary, VocabularyTensor
+from ckptd.models.loading import files, load_options
 from ckptd.plan import fill
 
 

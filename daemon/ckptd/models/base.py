@@ -18,10 +18,11 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ckptd.models import attention, initializing, lookups, resizing, tied
+from ckptd.models import initializing, lookups, resizing, tied
 from ckptd.models.checkpointing import TrainingMixin
-from ckptd.models.config import PreTrainedConfig
-from ckptd.models.generation_config import GenerationConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.generation.generation_config import GenerationConfig
+from ckptd.models.layers import attention
 from ckptd.models.lookups import LookupsMixin
 from ckptd.models.module_utils import ModuleUtilsMixin
 from ckptd.models.push import PushToHubMixin
@@ -213,7 +214,8 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
             RuntimeError: shapes do not fit and `ignore_mismatched_sizes` is not set.
             ValueError: arguments that exclude each other, or an unknown dtype.
         """
-        from ckptd.models import auto, loading
+        from ckptd.models import auto
+        from ckptd.models.loading import loading
 
         load: Callable[..., Any] = functools.partial(loading.load, cls)
         if cls is PreTrainedModel and (pretrained_model_name_or_path, config) != (None, None):
@@ -262,7 +264,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
         See `models.saving` for every argument and for what is done better than in the original:
         the folder changes as a whole, stale weight files go, modes come from the umask.
         """
-        from ckptd.models import saving
+        from ckptd.models.saving import saving
 
         saving.save(
             self,

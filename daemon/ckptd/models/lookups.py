@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
 
 if TYPE_CHECKING:
     _Module = nn.Module

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ckptd.models import saved_files
+from ckptd.models.saving import saved_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from ckptd.models.cache import DynamicCache
+from ckptd.models.layers.cache import DynamicCache
 from tests.models.native.decoder_pairs import (
     CASES,
     CAUSAL,

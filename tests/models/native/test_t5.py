@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 import transformers
 
+from ckptd.models.layers.outputs import BaseModelOutput
 from ckptd.models.native import t5
 from ckptd.models.native.t5_layers import RelativeAttentionBias
-from ckptd.models.outputs import BaseModelOutput
 from tests.models.native import oracle
 
 SMALL: dict[str, Any] = {

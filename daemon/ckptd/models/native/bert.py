@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ckptd.models import activations
-from ckptd.models.generation import GenerationMixin
+from ckptd.models.generation.generation import GenerationMixin
+from ckptd.models.layers import activations
+from ckptd.models.layers.outputs import ModelOutput, Tensors
 from ckptd.models.native import encoder, encoder_heads, heads, record
-from ckptd.models.outputs import ModelOutput, Tensors
 
 _TIES = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",

@@ -14,10 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ckptd.models import masks
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.cache import Cache, DynamicCache
-from ckptd.models.generation import GenerationMixin
+from ckptd.models.generation.generation import GenerationMixin
+from ckptd.models.layers import masks
+from ckptd.models.layers.cache import Cache, DynamicCache
+from ckptd.models.layers.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+)
+from ckptd.models.layers.rope import RotaryEmbedding
 from ckptd.models.native import heads, record
 from ckptd.models.native.decoder_layers import (
     Attention,
@@ -28,13 +35,6 @@ from ckptd.models.native.decoder_layers import (
     Traits,
 )
 from ckptd.models.native.experts import load_balancing_loss
-from ckptd.models.outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MoeCausalLMOutputWithPast,
-    MoeModelOutputWithPast,
-)
-from ckptd.models.rope import RotaryEmbedding
 
 
 class DecoderPreTrainedModel(PreTrainedModel):

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ckptd.models.layers.outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from ckptd.models.native import heads, record
 from ckptd.models.native.decoder import DecoderModel, DecoderPreTrainedModel
-from ckptd.models.outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 
 _DEFAULT_DROPOUT = 0.1
 

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ckptd.models import activations, attention, rope
-from ckptd.models.cache import Cache
 from ckptd.models.checkpointing import GradientCheckpointingLayer
+from ckptd.models.layers import activations, attention, rope
+from ckptd.models.layers.cache import Cache
 from ckptd.models.native.experts import Mixture, SparseBlock
 
 Rotation = tuple[torch.Tensor, torch.Tensor]

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models import activations, attention
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.checkpointing import GradientCheckpointingLayer
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.layers import activations, attention
+from ckptd.models.layers.outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from ckptd.models.native import keys, record
-from ckptd.models.outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 
 class EncoderConfig(PreTrainedConfig):

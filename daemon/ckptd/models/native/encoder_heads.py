@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models.native import heads, keys, record
-from ckptd.models.native.encoder import EncoderConfig, EncoderModel, EncoderPreTrainedModel
-from ckptd.models.outputs import (
+from ckptd.models.layers.outputs import (
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from ckptd.models.native import heads, keys, record
+from ckptd.models.native.encoder import EncoderConfig, EncoderModel, EncoderPreTrainedModel
 
 
 class EncoderHead(EncoderPreTrainedModel):

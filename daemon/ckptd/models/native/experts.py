@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ckptd.models import activations
+from ckptd.models.layers import activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ckptd.models import cache
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.rope_config import RopeKeys
+from ckptd.models.layers import cache
 from ckptd.models.native.decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
 )
 from ckptd.models.native.decoder_layers import DecoderLayer, Traits, check_heads
-from ckptd.models.rope_config import RopeKeys
 
 
 class Gemma3TextConfig(PreTrainedConfig):

@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.config import PreTrainedConfig
-from ckptd.models.generation import GenerationMixin
-from ckptd.models.native import heads, keys, record
-from ckptd.models.native.gpt2_layers import Conv1D, GPT2Block
-from ckptd.models.outputs import (
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.generation.generation import GenerationMixin
+from ckptd.models.layers.outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
     TokenClassifierOutput,
 )
+from ckptd.models.native import heads, keys, record
+from ckptd.models.native.gpt2_layers import Conv1D, GPT2Block
 
 
 class GPT2Config(PreTrainedConfig):

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models import rope
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.cache import Cache
-from ckptd.models.config import PreTrainedConfig
-from ckptd.models.generation import GenerationMixin
-from ckptd.models.native import heads, keys, record
-from ckptd.models.native.gpt_neox_layers import GPTNeoXLayer
-from ckptd.models.outputs import (
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.rope_config import RopeKeys
+from ckptd.models.generation.generation import GenerationMixin
+from ckptd.models.layers import rope
+from ckptd.models.layers.cache import Cache
+from ckptd.models.layers.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     TokenClassifierOutput,
 )
-from ckptd.models.rope_config import RopeKeys
+from ckptd.models.native import heads, keys, record
+from ckptd.models.native.gpt_neox_layers import GPTNeoXLayer
 
 
 class GPTNeoXConfig(PreTrainedConfig):

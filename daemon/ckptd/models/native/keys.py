@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ckptd.models import masks
-from ckptd.models.cache import Cache, DynamicCache, EncoderDecoderCache
+from ckptd.models.layers import masks
+from ckptd.models.layers.cache import Cache, DynamicCache, EncoderDecoderCache
 
 AnyCache = Cache | EncoderDecoderCache
 Pair = tuple[torch.Tensor, torch.Tensor]

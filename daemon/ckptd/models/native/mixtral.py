@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.rope_config import RopeKeys
 from ckptd.models.native.decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from ckptd.models.native.decoder_heads import (
     DecoderForQuestionAnswering,
@@ -13,7 +14,6 @@ from ckptd.models.native.decoder_heads import (
 )
 from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
 from ckptd.models.native.experts import Mixture
-from ckptd.models.rope_config import RopeKeys
 
 
 class MixtralConfig(PreTrainedConfig):

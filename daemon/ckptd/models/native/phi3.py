@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.rope_config import RopeKeys
 from ckptd.models.native.decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
 from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
-from ckptd.models.rope_config import RopeKeys
 
 
 class Phi3Config(PreTrainedConfig):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ckptd.models import cache
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.layers import cache
 from ckptd.models.native.decoder import DecoderForCausalLM, DecoderModel, DecoderPreTrainedModel
 from ckptd.models.native.decoder_heads import (
     DecoderForQuestionAnswering,

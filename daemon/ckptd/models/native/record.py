@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models.outputs import ModelOutput
+from ckptd.models.layers.outputs import ModelOutput
 
 
 class Record:

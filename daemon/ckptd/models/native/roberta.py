@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ckptd.models.generation import GenerationMixin
+from ckptd.models.generation.generation import GenerationMixin
 from ckptd.models.native import encoder, encoder_heads
 
 _TIES = {

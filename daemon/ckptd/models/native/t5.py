@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models.generation import GenerationMixin
-from ckptd.models.native import heads, keys, record
-from ckptd.models.native.t5_stack import T5Config, T5PreTrainedModel, T5Stack
-from ckptd.models.outputs import (
+from ckptd.models.generation.generation import GenerationMixin
+from ckptd.models.layers.outputs import (
     BaseModelOutput,
     ModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
+from ckptd.models.native import heads, keys, record
+from ckptd.models.native.t5_stack import T5Config, T5PreTrainedModel, T5Stack
 
 _STACK_TIES = {
     "encoder.embed_tokens.weight": "shared.weight",

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models import activations, attention
 from ckptd.models.checkpointing import GradientCheckpointingLayer
+from ckptd.models.layers import activations, attention
 from ckptd.models.native import keys
 
 

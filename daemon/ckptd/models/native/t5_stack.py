@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ckptd.models.base import PreTrainedModel
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.layers.outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from ckptd.models.native import heads, keys, record
 from ckptd.models.native.t5_layers import (
     RelativeAttentionBias,
@@ -19,7 +20,6 @@ from ckptd.models.native.t5_layers import (
     T5LayerNorm,
     T5Projection,
 )
-from ckptd.models.outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 
 
 class T5Config(PreTrainedConfig):

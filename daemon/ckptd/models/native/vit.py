@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptd.models import activations, attention
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.checkpointing import GradientCheckpointingLayer
-from ckptd.models.config import PreTrainedConfig
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.layers import activations, attention
+from ckptd.models.layers.outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from ckptd.models.native import heads, keys, record
 from ckptd.models.native.vit_embeddings import ViTEmbeddings
-from ckptd.models.outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 
 class ViTConfig(PreTrainedConfig):

@@ -11,8 +11,8 @@ import torch
 import transformers.modeling_outputs as theirs
 from torch.utils import _pytree as pytree
 
-from ckptd.models import outputs
-from ckptd.models.outputs import CausalLMOutputWithPast, ModelOutput
+from ckptd.models.layers import outputs
+from ckptd.models.layers.outputs import CausalLMOutputWithPast, ModelOutput
 
 CLASSES = [
     value

@@ -21,12 +21,12 @@ import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from ckptd.models import (
+from ckptd.models import registry
+from ckptd.models.config import (
     config_content,
     config_file,
     config_runtime,
     config_values,
-    registry,
     rope_config,
 )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ckptd.checkpoint.header import TensorSpec
-from ckptd.models.weight_plan import WeightFile
+from ckptd.models.saving.weight_plan import WeightFile
 
 THREADS = 2
 """One cannot keep a fast disk busy, more only wait for each other (measured on two cores)."""

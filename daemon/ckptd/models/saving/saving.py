@@ -33,17 +33,17 @@ import torch
 from ckptd import units
 from ckptd.checkpoint import writer
 from ckptd.checkpoint.writer import ShardWriter
-from ckptd.models import (
+from ckptd.models import push
+from ckptd.models.saving import (
     adapters,
     custom_code,
     name_order,
-    push,
     saved_files,
     shared_tensors,
     weight_bytes,
     weight_plan,
 )
-from ckptd.models.weight_plan import WeightPlan
+from ckptd.models.saving.weight_plan import WeightPlan
 from ckptd.plan import shards
 
 _log = logging.getLogger(__name__)

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from ckptd.checkpoint import writer
-from ckptd.models import config_source, generation_rules, push
-from ckptd.models.config_source import Source
+from ckptd.models import push
+from ckptd.models.config import config_source
+from ckptd.models.config.config_source import Source
+from ckptd.models.generation import generation_rules
 
 log = logging.getLogger(__name__)
 

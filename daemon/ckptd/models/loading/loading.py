@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckptd.models import base, files, load_options, placing
-from ckptd.models.config import PreTrainedConfig
-from ckptd.models.config_source import Source
-from ckptd.models.files import Wanted, Weights
-from ckptd.models.generation_config import GenerationConfig
-from ckptd.models.load_options import LoadOptions
-from ckptd.models.placing import Placement, Value
+from ckptd.models import base
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.config_source import Source
+from ckptd.models.generation.generation_config import GenerationConfig
+from ckptd.models.loading import files, load_options, placing
+from ckptd.models.loading.files import Wanted, Weights
+from ckptd.models.loading.load_options import LoadOptions
+from ckptd.models.loading.placing import Placement, Value
 from ckptd.plan import fill
 
 if TYPE_CHECKING:

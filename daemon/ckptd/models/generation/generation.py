@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import torch
 
-from ckptd.models import generation_inputs, generation_rules, sampling, stopping
-from ckptd.models.generation_config import GenerationConfig
-from ckptd.models.generation_inputs import Request
-from ckptd.models.outputs import ModelOutput
+from ckptd.models.generation import generation_inputs, generation_rules, sampling, stopping
+from ckptd.models.generation.generation_config import GenerationConfig
+from ckptd.models.generation.generation_inputs import Request
+from ckptd.models.layers.outputs import ModelOutput
 
 
 @dataclass(eq=False)

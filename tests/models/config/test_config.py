@@ -19,9 +19,9 @@ import torch
 import transformers
 from huggingface_hub import errors as hub_errors
 
-from ckptd.models import config_source
-from ckptd.models.config import PreTrainedConfig
-from ckptd.models.rope_config import RopeKeys
+from ckptd.models.config import config_source
+from ckptd.models.config.config import PreTrainedConfig
+from ckptd.models.config.rope_config import RopeKeys
 
 
 class LlamaLikeConfig(PreTrainedConfig):
@@ -428,7 +428,7 @@ class TestDtype:
     def test_without_torch_a_name_stays_a_name(self, llama: Path) -> None:
         """Reading a configuration imports neither torch nor the Hub's client."""
         code = (
-            "import sys; from ckptd.models.config import PreTrainedConfig as P;"
+            "import sys; from ckptd.models.config.config import PreTrainedConfig as P;"
             f"c = P.from_pretrained({str(llama)!r});"
             "assert c.dtype == 'bfloat16', c.dtype;"
             "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"

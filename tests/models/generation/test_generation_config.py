@@ -12,8 +12,9 @@ import pytest
 import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from ckptd.models import generation_config, generation_rules, push
-from ckptd.models.generation_config import GenerationConfig
+from ckptd.models import push
+from ckptd.models.generation import generation_config, generation_rules
+from ckptd.models.generation.generation_config import GenerationConfig
 
 RICH: dict[str, Any] = {
     "max_length": 64,

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
-from ckptd.models import loading
+from ckptd.models.loading import loading
 from tests.models.tiny import TinyBody, TinyConfig, tiny_saved, tiny_state
 
 BOTH = "output_loading_info"

@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
-    from ckptd.models.cache import Cache, EncoderDecoderCache
+    from ckptd.models.layers.cache import Cache, EncoderDecoderCache
 
 Tensors = tuple[torch.Tensor, ...]
 

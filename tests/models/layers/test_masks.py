@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptd.models import masks
+from ckptd.models.layers import masks
 
 CPU = torch.device("cpu")
 

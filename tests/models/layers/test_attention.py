@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ckptd.models import attention
+from ckptd.models.layers import attention
 
 BATCH, HEADS, QUERIES, KEYS, SIZE = 2, 4, 5, 7, 8
 

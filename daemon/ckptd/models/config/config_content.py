@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ckptd.models import config_values
+from ckptd.models.config import config_values
 
 if TYPE_CHECKING:
-    from ckptd.models.config import PreTrainedConfig
+    from ckptd.models.config.config import PreTrainedConfig
 
 FORMAT_VERSION = "5.24.0"
 """The transformers release whose config.json we write; goes out as `transformers_version`."""

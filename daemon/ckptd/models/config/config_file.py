@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ckptd.checkpoint import writer
-from ckptd.models import config_source, config_values, push
+from ckptd.models import push
+from ckptd.models.config import config_source, config_values
 
 _LOADING_ONLY = (
     "_from_auto",

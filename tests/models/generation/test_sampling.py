@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as oracle
 
-from ckptd.models import sampling
-from ckptd.models.generation_config import GenerationConfig
+from ckptd.models.generation import sampling
+from ckptd.models.generation.generation_config import GenerationConfig
 
 FEW = settings(max_examples=60, deadline=None)
 

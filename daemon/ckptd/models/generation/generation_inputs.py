@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from ckptd.models import cache, generation_rules, outputs
-from ckptd.models.generation_config import GenerationConfig, warn_once
+from ckptd.models.generation import generation_rules
+from ckptd.models.generation.generation_config import GenerationConfig, warn_once
+from ckptd.models.layers import cache, outputs
 
 _ALWAYS_ACCEPTED = {"output_attentions", "output_hidden_states", "output_router_logits"}
 

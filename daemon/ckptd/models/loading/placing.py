@@ -21,7 +21,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ckptd.checkpoint.header import FileStamp, StoredTensor
-from ckptd.models.report import LoadingInfo
+from ckptd.models.loading.report import LoadingInfo
 from ckptd.plan import fill
 from ckptd.plan.fill import Filling
 

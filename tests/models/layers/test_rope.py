@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.phi3 import modeling_phi3
 
-from ckptd.models import rope
+from ckptd.models.layers import rope
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

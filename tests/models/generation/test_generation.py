@@ -13,9 +13,12 @@ import torch
 import transformers
 from transformers.generation import stopping_criteria as oracle_criteria
 
-from ckptd.models import generation_config
-from ckptd.models.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
-from ckptd.models.generation_config import GenerationConfig
+from ckptd.models.generation import generation_config
+from ckptd.models.generation.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
+from ckptd.models.generation.generation_config import GenerationConfig
 from ckptd.models.native import gpt2, llama, t5
 
 ROWS = 61

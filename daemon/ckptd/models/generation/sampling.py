@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ckptd.models.generation_config import GenerationConfig
+from ckptd.models.generation.generation_config import GenerationConfig
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """`(ids_BT, logits_BV) -> logits_BV`, what `generate(logits_processor=[...])` takes as well."""

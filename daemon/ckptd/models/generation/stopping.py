@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ckptd.models.generation_config import GenerationConfig, warn_once
+from ckptd.models.generation.generation_config import GenerationConfig, warn_once
 
 Criterion = Callable[..., Any]
 

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ckptd.checkpoint import header, writer
-from ckptd.models import backed, name_order, saved_files, saving, weight_bytes
+from ckptd.models import backed
+from ckptd.models.saving import name_order, saved_files, saving, weight_bytes
 
 ROWS, WIDTH = 96, 32
 LLAMA: dict[str, Any] = {

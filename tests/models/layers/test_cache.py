@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from ckptd.models.cache import Cache, DynamicCache, EncoderDecoderCache, sliding_windows
+from ckptd.models.layers.cache import Cache, DynamicCache, EncoderDecoderCache, sliding_windows
 
 HEADS, SIZE = 2, 4
 

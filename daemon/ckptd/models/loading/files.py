@@ -22,8 +22,8 @@ from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import list_files
 from ckptd.checkpoint.weights import WeightFiles
 from ckptd.errors import CheckpointRefused, CheckpointVanished, SourceChanged
-from ckptd.models import config_source
-from ckptd.models.config_source import Source
+from ckptd.models.config import config_source
+from ckptd.models.config.config_source import Source
 
 _ANYWHERE = Path("/")
 """A person named the folder: links in it (of a model cache to its blobs) are followed."""
