@@ -215,3 +215,18 @@ def test_the_base_class_loads_every_architecture(tmp_path: Path) -> None:
     assert other.dtype is torch.bfloat16
     with pytest.raises(ValueError, match="name of a folder"):
         PreTrainedModel.from_pretrained(None)
+
+
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_labels_that_are_shifted_already_are_taken_as_they_are(num_items: int | None) -> None:
+    """`shift_labels` gives transformers' loss, whatever the labels are."""
+    values = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    values |= {"num_attention_heads": 2}
+    original = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
+    model = llama.LlamaForCausalLM(llama.LlamaConfig(**values)).eval()
+    model.load_state_dict(original.state_dict())
+    ids = torch.arange(12).reshape(2, 6)
+    given = {"input_ids": ids, "labels": ids, "shift_labels": (ids * 5 + 3) % 31}
+    if num_items is not None:
+        given["num_items_in_batch"] = torch.tensor(num_items)
+    torch.testing.assert_close(model(**given).loss, original(**given).loss)

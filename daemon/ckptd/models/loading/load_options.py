@@ -111,12 +111,21 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+_AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
+"""What transformers calls the ways to spread a model over the devices there are."""
+
+
 def as_device(wanted: Any) -> torch.device:
     """Return the one device that `device` or `device_map` means; by default torch's current one.
 
+    "auto" and its like are the first CUDA device where there is one, else the CPU: a model is never
+    divided.
+
     Raises:
-        ValueError: several devices, one chosen automatically, disk, or an unknown one.
+        ValueError: several devices, disk, or an unknown one.
     """
+    if isinstance(wanted, str) and wanted in _AUTOMATIC:
+        wanted = "cuda:0" if torch.cuda.is_available() else "cpu"
     if wanted is None:
         wanted = torch.get_default_device()
     if isinstance(wanted, Mapping):

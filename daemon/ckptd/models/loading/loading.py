@@ -191,8 +191,8 @@ def _refuse_quantized(config: Any, name: Name | None) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else None
     raise ValueError(
         f"{'this model' if name is None else os.fspath(name)} is quantized (quant_method "
-        f"{method or 'not said'!r}) and cannot be loaded as it is: write a plain copy with "
-        "`ckptd run CHECKPOINT -p dequantize -o FOLDER`, then load that folder"
+        f"{method or 'not said'!r}) and cannot be loaded as it is: write a plain copy with the "
+        "library that quantized it, then load that"
     )
 
 

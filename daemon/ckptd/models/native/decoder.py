@@ -270,7 +270,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         logits = self._logits(heads.last_positions(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = heads.next_token_loss(logits, labels, options.get("num_items_in_batch"))
+            loss = heads.next_token_loss(logits, labels, options)
         output = self._output(loss, logits, outputs, attention_mask)
         return record.answer(self.config, options.get("return_dict"), output)
 

@@ -143,7 +143,7 @@ class CausalLM(VocabularyHead):
         logits_BTV = self.vocabulary_logits(kept_BTD)
         loss = None
         if labels is not None:
-            loss = heads.next_token_loss(logits_BTV, labels, options.get("num_items_in_batch"))
+            loss = heads.next_token_loss(logits_BTV, labels, options)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits_BTV,

@@ -221,7 +221,7 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
         logits_BTV = self.lm_head(heads.last_positions(body.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = heads.next_token_loss(logits_BTV, labels, options.get("num_items_in_batch"))
+            loss = heads.next_token_loss(logits_BTV, labels, options)
         output = CausalLMOutputWithCrossAttentions(
             loss=loss,
             logits=logits_BTV,

@@ -199,7 +199,7 @@ class GPTNeoXForCausalLM(GPTNeoXPreTrainedModel, GenerationMixin):
         logits_BTV = self.embed_out(heads.last_positions(body.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
-            loss = heads.next_token_loss(logits_BTV, labels, options.get("num_items_in_batch"))
+            loss = heads.next_token_loss(logits_BTV, labels, options)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTV,

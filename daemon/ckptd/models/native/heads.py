@@ -6,6 +6,7 @@ count. Shapes: B batch, T positions, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,15 +25,20 @@ IGNORED = -100
 def next_token_loss(
     logits_BTV: torch.Tensor,
     labels_BT: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    options: Mapping[str, Any],
 ) -> torch.Tensor:
     """Cross entropy of each position's logits with the next position's label, float32.
 
-    The mean over the labels that count; with `num_items_in_batch` the sum divided by that, as
-    gradient accumulation wants it.
+    The mean over the labels that count; with `num_items_in_batch` among `options` the sum divided
+    by that, as gradient accumulation wants it; with `shift_labels` these, one for each position
+    already, in the place of the labels, as sequence parallelism wants it.
     """
+    num_items_in_batch = options.get("num_items_in_batch")
+    shifted_BT = options.get("shift_labels")
     logits = logits_BTV.float().flatten(0, 1)
-    next_BT = functional.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:].to(logits.device)
+    if shifted_BT is None:
+        shifted_BT = functional.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
+    next_BT = shifted_BT.to(logits.device)
     if num_items_in_batch is None:
         return functional.cross_entropy(logits, next_BT.flatten(), ignore_index=IGNORED)
     total = functional.cross_entropy(

@@ -19,6 +19,7 @@ written `1GiB` or as plain numbers; a trailing slash does not empty the default 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -33,6 +34,7 @@ import torch
 from ckptd import units
 from ckptd.checkpoint import writer
 from ckptd.checkpoint.writer import ShardWriter
+from ckptd.errors import NoSpace, StorageFailed
 from ckptd.models import push
 from ckptd.models.saving import (
     adapters,
@@ -98,7 +100,8 @@ def save(
             or a configuration that may not be saved.
         RuntimeError: a tensor without data, or whose bytes are not its values.
         TypeError: an unknown argument for the push.
-        NoSpace, StorageFailed: the file system refused.
+        OSError: the file system refused; the text says what is needed, `errno` is ENOSPC where the
+            disk is full.
         errors.HubError: the push failed; the files are saved.
     """
     del save_original_format
@@ -115,16 +118,28 @@ def save(
         if push_to_hub:
             upload = stack.enter_context(_opened_push(model, folder, token, kwargs))
             stack.enter_context(saved_files.reported(upload.take))
-        _save(
-            model,
-            folder,
-            model.state_dict() if state_dict is None else state_dict,
-            limit=limit,
-            variant=variant,
-            peft_format=save_peft_format,
-        )
+        with _documented_errors():
+            _save(
+                model,
+                folder,
+                model.state_dict() if state_dict is None else state_dict,
+                limit=limit,
+                variant=variant,
+                peft_format=save_peft_format,
+            )
         if upload is not None:
             upload.commit()
+
+
+@contextlib.contextmanager
+def _documented_errors() -> Iterator[None]:
+    """Turn the writer's refusals into the OSError that callers of transformers expect."""
+    try:
+        yield
+    except NoSpace as error:
+        raise OSError(errno.ENOSPC, str(error)) from error
+    except StorageFailed as error:
+        raise OSError(str(error)) from error
 
 
 def _opened_push(
