@@ -243,7 +243,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
             config._attn_implementation = kwargs.pop("attn_implementation")
         if wanted is None:
             wanted = config.dtype
-        with _default_dtype(wanted):
+        with default_dtype(wanted):
             return cls(config, **kwargs)
 
     def save_pretrained(
@@ -364,7 +364,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
 
 
 @contextlib.contextmanager
-def _default_dtype(wanted: torch.dtype | str | None) -> Iterator[None]:
+def default_dtype(wanted: torch.dtype | str | None) -> Iterator[None]:
     """Make new floating tensors of this dtype meanwhile; None and integers change nothing."""
     kind = getattr(torch, wanted.removeprefix("torch.")) if isinstance(wanted, str) else wanted
     before = torch.get_default_dtype()

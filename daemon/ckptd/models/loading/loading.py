@@ -248,7 +248,7 @@ def _built(
     model_kwargs: dict[str, Any],
 ) -> PreTrainedModel:
     """Return the model with parameters on the meta device and buffers computed on the host."""
-    with base._default_dtype(dtype), torch.device("cpu"), placing.parameters_on_meta():
+    with base.default_dtype(dtype), torch.device("cpu"), placing.parameters_on_meta():
         return cls(config, *model_args, **model_kwargs)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ckptd.models.layers.outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
+from ckptd.models.layers.outputs import TokenClassifierOutput
 from ckptd.models.native import heads, record
 from ckptd.models.native.decoder import DecoderModel, DecoderPreTrainedModel
 
@@ -147,12 +147,5 @@ class DecoderForQuestionAnswering(_WithBody):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        start_BT, end_BT = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
-        output = QuestionAnsweringModelOutput(
-            loss=heads.span_loss(start_BT, end_BT, start_positions, end_positions),
-            start_logits=start_BT,
-            end_logits=end_BT,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        output = heads.span_output(self.qa_outputs, outputs, start_positions, end_positions)
         return record.answer(self.config, return_dict, output)
