@@ -196,6 +196,7 @@ def _report_xet_progress() -> None:
     the same and report once, at their end.
     """
     if hasattr(_xet_progress_reporting, "XetUploadProgressReporter"):
+        # The type checker is right that these are not meant to be replaced.
         _xet_progress_reporting.XetUploadProgressReporter = _XetReports  # type: ignore[misc,assignment]
         utils.are_progress_bars_disabled = lambda name=None: _METER.get() is None  # type: ignore[attr-defined]
 

@@ -23,8 +23,10 @@ BUFFER_BYTES = 2 << 20
 _WRITEBACK_BYTES = 32 << 20
 """The disk is set to work each time so much was written, so that the sync at a file's end waits for
 little: measured, a synced copy of 3 GB takes 1.8 to 2.2 s instead of 2.3 to 3.2 s."""
+_SYNC_FILE_RANGE = getattr(ctypes.CDLL(None), "sync_file_range", None)
+"""sync_file_range(2) of the C library; None where it has none."""
 _SYNC_FILE_RANGE_WRITE = 2
-"""sync_file_range(2): begin to write dirty pages back, and do not wait for them."""
+"""Its flag: begin to write dirty pages back, and do not wait for them."""
 _CLONE_UNIT = 4096
 _MIN_CLONE_BYTES = 1 << 20
 _FICLONERANGE = 0x4020940D
@@ -97,10 +99,9 @@ def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
 
 def _start_writeback(fd: int, offset: int) -> None:
     """Let the kernel begin to write a part of the file back; a hint, so that no failure counts."""
-    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if begin is not None:
+    if _SYNC_FILE_RANGE is not None:
         size = ctypes.c_int64(_WRITEBACK_BYTES)
-        begin(fd, ctypes.c_int64(offset), size, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
+        _SYNC_FILE_RANGE(fd, ctypes.c_int64(offset), size, ctypes.c_uint(_SYNC_FILE_RANGE_WRITE))
 
 
 def _cloned(lane: Lane, source: Extent, target_fd: int, offset: int) -> tuple[int, int]:

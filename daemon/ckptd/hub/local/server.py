@@ -155,6 +155,7 @@ class _Server(uvicorn.Server):
         self._announce = announce
         self.stop = anyio.Event()
 
+    # uvicorn's is a generator made a context manager, and typed as that; any context manager does.
     def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
         """Install nothing."""
         return contextlib.nullcontext()

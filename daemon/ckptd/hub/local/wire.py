@@ -145,6 +145,7 @@ def route(
             body = await read_body(request)
             call = Call(**{name: getattr(call, name) for name in Call.__slots__} | {"body": body})
             work = functools.partial(endpoint, call)
+            # An endpoint is typed as sync or async; here it is known to be the first.
             return await anyio.to_thread.run_sync(work, limiter=hub.threads)  # type: ignore[arg-type]
         except refusal.Refused as refused:
             return refused_answer(refused)
