@@ -75,7 +75,7 @@ def run_stream(source: Path, out: Path, *, work: str, hashing: bool) -> dict[str
 def _drafted(start: Any, work: str) -> Any:
     from ckptd.checkpoint.dtypes import Dtype
     from ckptd.plan import expression
-    from ckptd.plan.expression import Grown, NewRows
+    from ckptd.plan.nodes import Grown, NewRows
 
     tensors = dict(start.tensors)
     if work in {"F16", "F32"}:

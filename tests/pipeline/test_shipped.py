@@ -18,7 +18,9 @@ SHIPPED = sorted(PIPELINES_PATH.glob("*.yaml"))
 
 def test_all_are_there() -> None:
     """The definitions that the documents name exist."""
-    assert {"publish.yaml", "publish-pr.yaml", "reshard.yaml"} <= {path.name for path in SHIPPED}
+    assert {"publish.yaml", "publish-pr.yaml", "reshard.yaml", "dequantize.yaml"} <= {
+        path.name for path in SHIPPED
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

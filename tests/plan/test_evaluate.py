@@ -20,7 +20,7 @@ from ckptd.errors import CheckFailed, SourceChanged
 from ckptd.plan import blocks, evaluate, expression
 from ckptd.plan.blocks import GROWN_GROUP_ROWS, Block
 from ckptd.plan.buffers import BufferPool
-from ckptd.plan.expression import Expression, Grown, Load, NewRows
+from ckptd.plan.nodes import Cast, Expression, Grown, Load, NewRows
 from ckptd.plan.plan import Computed
 from ckptd.plan.sources import Sources
 
@@ -305,7 +305,7 @@ def test_joined_parts_are_evaluated_in_place(bench: Any) -> None:
     """Casting old and new rows together equals casting each."""
     one = bench(a=torch.randn(5, 3), b=torch.randn(2, 3))
     joined = expression.concat([one.load("a"), one.load("b")])
-    whole = expression.Cast(joined, Dtype.BF16)
+    whole = Cast(joined, Dtype.BF16)
     expected = torch.cat([load(one, "a"), load(one, "b")]).to(torch.bfloat16)
     assert torch.equal(one.value(whole), expected)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import Extent
 from ckptd.plan import expression
-from ckptd.plan.expression import Cast, Concat, Grown, Load, NewRows
+from ckptd.plan.nodes import Cast, Concat, Grown, Load, NewRows
 
 PATH = Path("model.safetensors")
 
@@ -83,7 +83,7 @@ def test_rows_of_joined_parts_are_the_parts_rows(data: st.DataObject) -> None:
     cut = expression.rows(expression.concat(parts), start, stop)
 
     assert cut.shape == (stop - start, 2)
-    pieces = [extent for extent in expression.extents(cut) if extent.nbytes]
+    pieces = [extent for extent in expression.readings(cut) if extent.nbytes]
     assert sum(extent.nbytes for extent in pieces) == 8 * (stop - start)
     if pieces:
         assert pieces[0].offset == 8 * start
@@ -107,8 +107,8 @@ def test_a_cast_of_parts_is_parts_that_are_cast() -> None:
     assert [type(part) for part in value.parts] == [Cast, Cast]
     assert (value.dtype, value.shape) == (Dtype.BF16, (16, 4))
     assert expression.nbytes(value) == 16 * 4 * 2
-    assert expression.grown_in(value.parts[0]) is None
-    assert expression.grown_in(value.parts[1]) == _grown(old, 6)
+    assert expression.made_by_rows(value.parts[0]) is None
+    assert expression.made_by_rows(value.parts[1]) == _grown(old, 6)
 
 
 @pytest.mark.parametrize(
@@ -125,15 +125,15 @@ def test_elements_in_a_row_have_the_same_bytes() -> None:
     value = expression.cast(_load((2, 3, 4)), Dtype.BF16)
     flat = expression.flat(value)
     assert flat.shape == (24,)
-    assert list(expression.extents(flat)) == list(expression.extents(value))
+    assert list(expression.readings(flat)) == list(expression.readings(value))
     joined = expression.concat([_load((1, 3)), _load((1, 2), offset=12)], axis=1)
     assert expression.flat(joined).shape == (5,)
-    with pytest.raises(ValueError, match="elements"):
+    with pytest.raises(ValueError, match="row by row"):
         expression.flat(_grown(_load((5, 4)), 2))
 
 
 def test_statistics_are_read_but_not_held() -> None:
     """Grown rows read their source and load nothing of it into the block."""
     new = _grown(_load((100, 4)), 50)
-    assert list(expression.extents(new)) == [Extent(PATH, 0, 1600)]
+    assert list(expression.readings(new)) == [Extent(PATH, 0, 1600)]
     assert list(expression.loads(new)) == []

@@ -16,7 +16,7 @@ from ckptd.checkpoint.header import FileStamp
 from ckptd.plan import draft as drafts
 from ckptd.plan import expression, plan
 from ckptd.plan.draft import Draft
-from ckptd.plan.expression import Grown, NewRows
+from ckptd.plan.nodes import Grown, NewRows
 from ckptd.plan.plan import Computed, Plan, Run, ShardPlan
 
 
@@ -181,6 +181,6 @@ def test_planning_reads_no_tensor_byte(make_source: Any) -> None:
     """With the tensors' bytes gone from the disk the plan is the same."""
     start = _draft(make_source, {"a": torch.ones(4)}, {"b": torch.ones(4)})
     before = plan.make(start).digest
-    for path in {extent.path for v in start.tensors.values() for extent in expression.extents(v)}:
+    for path in {part.path for v in start.tensors.values() for part in expression.readings(v)}:
         path.unlink()
     assert plan.make(start).digest == before

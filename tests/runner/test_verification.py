@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from ckptd import errors
 from ckptd.jobs.job import State
+from ckptd.plan.draft import Verification
+from ckptd.runner import verification
+from tests.models.loading import quantized_files
 from tests.runner.conftest import Bench
 
 
@@ -116,3 +119,36 @@ def test_an_architecture_that_only_transformers_runs_is_run_there(tmp_path: Path
     outcome = bench.run("- resize: {to: 64}\n- verify: {compare: true, tolerance: 1.0e-5}")
     assert outcome.reports["verify"]["forward"] == "transformers"
     assert outcome.reports["verify"]["difference"]["largest"] < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("cls", ["LlamaForCausalLM", "CohereForCausalLM"])
+def test_a_dequantized_model_is_compared_with_its_quantized_source(
+    cls: str, dtype: str, tmp_path: Path
+) -> None:
+    """Both are decoded alike, to the output's dtype; also where transformers runs the forward."""
+    path = tmp_path / "runs" / "checkpoint-5"
+    torch.manual_seed(0)
+    model_class = getattr(transformers, cls)
+    config = model_class.config_class(**quantized_files.SMALL)
+    state = model_class(config).to(torch.bfloat16).state_dict()
+    state.pop("lm_head.weight" if config.tie_word_embeddings else "", None)
+    stored, _ = quantized_files.fp8(state)
+    quantized_files.written(path, stored, config, quantized_files.FP8, architectures=[cls])
+    bench = Bench(source=path, root=tmp_path)
+    outcome = bench.run(
+        f"- dequantize: {{dtype: {dtype}}}\n- verify: {{compare: true, tolerance: 1.0e-6}}"
+    )
+    found = outcome.reports["verify"]
+    assert found["difference"]["largest"] <= 1e-6 * found["difference"]["largest_logit"]
+    assert found["parameters"] == sum(value.numel() for value in state.values())
+
+
+def test_a_source_that_does_not_load_is_a_problem(llama: Bench) -> None:
+    """What cannot be compared, though it was asked for, is never called verified."""
+    wanted = Verification(
+        forward=True, tokens=(), compare=True, tolerance=1.0, generate=0, on_failure="warn"
+    )
+    absent = llama.root / "absent"
+    verdict = verification.verify(llama.source, wanted, source_path=absent, device="cpu")
+    assert "cannot be compared" in verdict.problems[0]

@@ -7,11 +7,19 @@ of every weight file, so that whoever reads the bytes later can tell whether the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from ckptd.checkpoint import header, index, layouts, sidefiles, weights
+from ckptd.checkpoint import (
+    gguf_files,
+    gguf_model,
+    header,
+    index,
+    layouts,
+    sidefiles,
+    weights,
+)
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import Listing, list_files
 from ckptd.errors import (
@@ -38,7 +46,9 @@ class Checkpoint:
 
     `tensors` is in source order: shards by name, tensors by offset. `config` is config.json as it
     is, `config_path` where it lies. `side_files` leaves config and weights out; `left_out` names
-    files that are neither weights, trainer state nor known to travel.
+    files that are neither weights, trainer state nor known to travel. `metadata` is each header's.
+    `encodings` names the block type of tensors of GGUF files, which are `U8` here; without a
+    config.json `config` is made from the metadata, and `config_path` is the GGUF file.
     """
 
     path: Path
@@ -49,10 +59,12 @@ class Checkpoint:
     config_path: Path
     tensors: Mapping[str, StoredTensor]
     stamps: Mapping[Path, FileStamp]
+    metadata: tuple[Mapping[str, str], ...]
     side_files: tuple[SideFile, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
     step: int | None
+    encodings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
@@ -68,7 +80,7 @@ def open_checkpoint(
     name: str | None = None,
     within: Path | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint in the folder at `path`.
+    """Return the checkpoint in the folder at `path`, or in the GGUF file there.
 
     `assets` is a folder that gives config.json and side files where the checkpoint lacks them;
     `name` is the trainer's name of the folder where `path` is a pin of it. Links are followed to
@@ -98,12 +110,15 @@ def open_checkpoint(
 def _opened(
     path: Path, *, layout: str, assets: Path | None, name: str | None, within: Path | None
 ) -> Checkpoint:
-    if not path.is_dir():
+    if not path.is_dir() and not gguf_files.is_file(path):
         what = "a file; point at the folder that holds it" if path.exists() else "does not exist"
         raise CheckpointIncomplete(what, path=path, hint="check the path of the checkpoint")
-    listing = list_files(path, within=within)
+    single = not path.is_dir()
+    listing = gguf_files.beside(path) if single else list_files(path, within=within)
     named = path if name is None else path.with_name(name)
     chosen, reason = layouts.choose(named, listing, layout)
+    if chosen is layouts.LAYOUTS["gguf"]:
+        return _opened_gguf(path, named.name, listing, reason, assets)
     found = weights.find(path, listing)
     config_path = _config_path(path, listing, assets)
     headers = [header.read(path / shard) for shard in found.shards]
@@ -118,10 +133,39 @@ def _opened(
         config_path=config_path,
         tensors=tensors,
         stamps={shard.path: shard.stamp for shard in headers},
+        metadata=tuple(shard.metadata for shard in headers),
         side_files=side_files,
         left_out=left_out,
         notes=found.notes,
         step=layouts.step_of(path, named.name),
+    )
+
+
+def _opened_gguf(
+    path: Path, name: str, listing: Listing, reason: str, assets: Path | None
+) -> Checkpoint:
+    """Return the model in the GGUF file at `path`, or in those of the folder there."""
+    folder, wanted = (path, None) if path.is_dir() else (path.parent, path.name)
+    files = gguf_files.find(folder, tuple(listing.by_name), wanted=wanted)
+    model = gguf_model.open_model(folder, files)
+    config_path = _config_path(folder, listing, assets, required=False)
+    side_files, left_out = _side_files(folder, listing, assets)
+    travelling = frozenset(file.relpath for file in side_files)
+    return Checkpoint(
+        path=path,
+        name=name.removesuffix(gguf_files.SUFFIX),
+        layout="gguf",
+        layout_reason=reason,
+        config=_checked_config(model.config(config_path), config_path or path),
+        config_path=config_path or model.headers[0].path,
+        tensors=tensors_of(folder, model.headers, None),
+        stamps={part.path: part.stamp for part in model.headers},
+        metadata=tuple(part.metadata for part in model.headers),
+        side_files=side_files,
+        left_out=left_out,
+        notes=model.advice(travelling, has_config=config_path is not None),
+        step=layouts.step_of(folder, name),
+        encodings=model.encodings,
     )
 
 
@@ -170,7 +214,8 @@ def tensors_of(
 def identifying_files(source: Checkpoint) -> list[tuple[str, Path]]:
     """Return the files whose content identifies the checkpoint: weights, config, side files."""
     files = [(path.name, path) for path in source.stamps]
-    files.append((source.config_path.name, source.config_path))
+    if source.config_path not in source.stamps:
+        files.append((source.config_path.name, source.config_path))
     return files + [(file.relpath, file.path) for file in source.side_files]
 
 
@@ -189,11 +234,25 @@ def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
             raise SourceChanged(path=path, expected=str(stamp), found=found)
 
 
-def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path:
+@overload
+def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path: ...
+
+
+@overload
+def _config_path(
+    path: Path, listing: Listing, assets: Path | None, *, required: bool
+) -> Path | None: ...
+
+
+def _config_path(
+    path: Path, listing: Listing, assets: Path | None, *, required: bool = True
+) -> Path | None:
     if weights.CONFIG_NAME in listing.by_name:
         return path / weights.CONFIG_NAME
     if assets is not None and (assets / weights.CONFIG_NAME).is_file():
         return assets / weights.CONFIG_NAME
+    if not required:
+        return None
     raise CheckpointIncomplete(
         f"{weights.CONFIG_NAME} is missing",
         path=path,
@@ -203,7 +262,10 @@ def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = index.read_json(path)
+    return _checked_config(index.read_json(path), path)
+
+
+def _checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str | None):
         raise CheckpointCorrupt(

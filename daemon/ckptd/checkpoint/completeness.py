@@ -13,7 +13,7 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.checkpoint import header, layouts, weights
+from ckptd.checkpoint import gguf_files, gguf_model, header, layouts, weights
 from ckptd.checkpoint.listing import Listing
 from ckptd.errors import (
     CheckpointCorrupt,
@@ -98,6 +98,8 @@ def examine(
         OSError: a listed file can no longer be opened (it vanished).
     """
     named = path if folder is None else folder
+    if gguf_files.is_file(path):
+        listing = gguf_files.beside(path)
     names = [file.relpath for file in listing.files]
     seen_names = names if seen is None else [file.relpath for file in seen.files]
     chosen, reason = layouts.choose(named, seen or listing, layout)
@@ -106,11 +108,13 @@ def examine(
     error: CheckpointRefused | None = None
     weight_names: tuple[str, ...] = ()
     try:
-        found = weights.find(path, listing)
-        weight_names = found.shards
-        for shard in found.shards:
-            header.read(path / shard)
-        _require_config(path, names, assets)
+        if chosen is layouts.LAYOUTS["gguf"]:
+            weight_names = _examine_gguf(path, names, assets)
+        else:
+            weight_names = weights.find(path, listing).shards
+            for shard in weight_names:
+                header.read(path / shard)
+            _require_config(path, names, assets)
     except CheckpointIncomplete as caught:
         missing = caught
     except (CheckpointCorrupt, CheckpointUnsupported) as caught:
@@ -160,10 +164,27 @@ def _vetoed(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _VETOES)
 
 
+def _examine_gguf(path: Path, names: list[str], assets: Path | None) -> tuple[str, ...]:
+    """Return the names of the GGUF files of the model at `path`: a folder, or one of them.
+
+    Raises:
+        CheckpointRefused: they are not whole, or there is no config and none can be made.
+    """
+    folder, wanted = (path.parent, path.name) if gguf_files.is_file(path) else (path, None)
+    files = gguf_files.find(folder, names, wanted=wanted)
+    model = gguf_model.open_model(folder, files)
+    if not _has_config(names, assets):
+        model.config(None)
+    return files.names
+
+
+def _has_config(names: list[str], assets: Path | None) -> bool:
+    there = assets is not None and (assets / weights.CONFIG_NAME).is_file()
+    return weights.CONFIG_NAME in names or there
+
+
 def _require_config(path: Path, names: list[str], assets: Path | None) -> None:
-    if weights.CONFIG_NAME in names:
-        return
-    if assets is not None and (assets / weights.CONFIG_NAME).is_file():
+    if _has_config(names, assets):
         return
     raise CheckpointIncomplete(
         f"{weights.CONFIG_NAME} is missing",

@@ -102,7 +102,26 @@ class HfFolder:
         return None
 
 
-LAYOUTS: dict[str, Layout] = {"hf-trainer": HfTrainer(), "hf": HfFolder()}
+@dataclass(frozen=True, slots=True)
+class GgufModel:
+    """A model as llama.cpp has it: GGUF files, and no weights of another kind."""
+
+    name: str = "gguf"
+
+    def recognise(self, folder_name: str, listing: Listing) -> str | None:
+        """Return the first GGUF file."""
+        names = sorted(file.relpath for file in listing.files)
+        if "model.safetensors" in names or "model.safetensors.index.json" in names:
+            return None
+        found = (name for name in names if name.endswith(".gguf") and "/" not in name)
+        return next((f"{name} is there" for name in found), None)
+
+    def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
+        """Return None: only quiet tells that the file has been written."""
+        return None
+
+
+LAYOUTS: dict[str, Layout] = {"hf-trainer": HfTrainer(), "gguf": GgufModel(), "hf": HfFolder()}
 """In the order in which they are asked."""
 
 

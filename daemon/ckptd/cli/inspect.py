@@ -16,6 +16,7 @@ from ckptd.cli.output import Output
 
 if TYPE_CHECKING:
     from ckptd.checkpoint.checkpoint import Checkpoint
+    from ckptd.pipeline.stage import StageContext
 
 SETTLE_S = 10.0
 """The quiet period a definition asks for by default: the verdict is that of such a definition."""
@@ -112,7 +113,7 @@ def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
         "by_dtype": dict(by_dtype.most_common()),
         "shards": {shard.name: stamp.nbytes for shard, stamp in source.stamps.items()},
         "tied": _tied(source),
-        "quantization": _quantization(source.config),
+        "quantization": _quantization(source),
         "footprint": _footprint(source),
         "side_files": [file.relpath for file in source.side_files],
         "left_out": source.left_out,
@@ -161,29 +162,46 @@ def _tied(source: Checkpoint) -> dict[str, Any]:
     return {"groups": groups, "problem": None}
 
 
-def _quantization(config: Any) -> dict[str, Any] | None:
-    """Return the quantization that config.json declares, wherever it keeps it."""
-    for holder in (config, config.get("text_config")):
-        if isinstance(holder, dict):
-            found = holder.get("quantization_config", holder.get("compression_config"))
-            if isinstance(found, dict):
-                return {"method": found.get("quant_method", "unnamed"), "config": found}
-    return None
+def _quantization(source: Checkpoint) -> dict[str, Any] | None:
+    """Return what is quantized, how, and what `dequantize` would make of it; None where nothing is.
+
+    A format that is not decoded is a `problem`, not a failure of the command.
+    """
+    from ckptd.pipeline.stages import dequantize
+    from ckptd.plan import draft
+    from ckptd.quant import configuration
+
+    declared = configuration.declared(source.config)
+    facts: dict[str, Any] = {"method": declared.get("quant_method"), "config": declared or None}
+    try:
+        made = dequantize.plan(
+            draft.from_checkpoint(source), dequantize.DequantizeOptions(), _context(source)
+        )
+    except errors.CheckpointRefused as error:
+        return facts | {"problem": str(error)}
+    found = dict(made.reports[-1].facts)
+    return facts | {"problem": None} | found if found else None
 
 
 def _footprint(source: Checkpoint) -> dict[str, Any]:
-    from ckptd.pipeline import devices
-    from ckptd.pipeline.stage import StageContext
     from ckptd.pipeline.stages import footprint
     from ckptd.plan import draft
 
-    context = StageContext(
+    options = footprint.FootprintOptions()
+    return footprint.measure(draft.from_checkpoint(source), options, _context(source))
+
+
+def _context(source: Checkpoint) -> StageContext:
+    from ckptd.pipeline import devices
+    from ckptd.pipeline.stage import StageContext
+    from ckptd.quant import stored
+
+    return StageContext(
         source_path=source.path,
+        stored=stored.of_checkpoint(source),
         same_content=lambda left, right: None,
         device_bytes=devices.memory_bytes,
     )
-    options = footprint.FootprintOptions()
-    return footprint.measure(draft.from_checkpoint(source), options, context)
 
 
 def _print(facts: dict[str, Any], output: Output) -> None:
@@ -226,7 +244,7 @@ def _printed(facts: dict[str, Any]) -> dict[str, object]:
         f"{len(facts['shards'])} file{'s' if len(facts['shards']) != 1 else ''}",
         "dtypes": dtypes,
         "tied": _tied_text(facts["tied"]),
-        "quantized": quantization["method"] if quantization else "no",
+        "quantized": _quantized_text(quantization),
         "footprint": f"{units.format_bytes(needs['total_bytes'])} when loaded",
         "largest": "\n".join(
             f"{units.format_bytes(size)} {name}" for name, size in needs["largest"].items()
@@ -235,6 +253,20 @@ def _printed(facts: dict[str, Any]) -> dict[str, object]:
         "left out": ", ".join((*facts["left_out"], *facts["ignored_links"])) or None,
         "notes": "\n".join(facts["notes"]) or None,
     }
+
+
+def _quantized_text(quantization: dict[str, Any] | None) -> str:
+    if quantization is None:
+        return "no"
+    if quantization["problem"]:
+        return f"{quantization['method'] or 'yes'}; {quantization['problem']}"
+    schemes = [f"{count} weights: {how}" for how, count in quantization["schemes"].items()]
+    before, after = quantization["bytes_before"], quantization["bytes_after"]
+    made = (
+        f"`dequantize` makes {', '.join(quantization['dtype'])}: {units.format_bytes(before)} "
+        f"become {units.format_bytes(after)}"
+    )
+    return "\n".join((quantization["format"], *schemes, made))
 
 
 def _tied_text(tied: dict[str, Any]) -> str:

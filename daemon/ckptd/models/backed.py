@@ -12,20 +12,21 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ckptd import errors
-from ckptd.checkpoint.header import StoredTensor, TensorSpec
+from ckptd.checkpoint.header import TensorSpec
 from ckptd.models import embeddings, initializing, registry, resizing, ties
 from ckptd.models.architectures import Role
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.config.config import PreTrainedConfig
 from ckptd.models.config.config_source import SOURCE_KEYS, Source
 from ckptd.models.embeddings import Fill, Vocabulary, VocabularyTensor
-from ckptd.models.loading import files, load_options
+from ckptd.models.loading import files, load_options, quantized
 from ckptd.plan import fill
 
 
@@ -43,22 +44,22 @@ class BackedModel(PreTrainedModel):
     def __init__(
         self,
         config: PreTrainedConfig,
-        stored: Mapping[str, StoredTensor],
+        specs: Mapping[str, TensorSpec],
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the modules that the names of `stored` tensors say, without values.
+        """Make the modules that the names of tensors say, without values.
 
         Args:
             config: of any architecture.
-            stored: the tensors by name.
+            specs: the tensors by name, in the checkpoint's order; quantized ones as they are decoded.
             dtype: of those that are floating and wider than a byte; None keeps each one's own.
         """
         super().__init__(config)
-        self._stored = dict(stored)
+        self._specs = dict(specs)
         self._wanted_dtype = dtype
         self._roles = self._find_roles()
-        for tensor in stored.values():
-            self._plant(tensor)
+        for spec in specs.values():
+            self._plant(spec)
         self.all_tied_weights_keys = self._find_ties()
 
     @classmethod
@@ -71,7 +72,8 @@ class BackedModel(PreTrainedModel):
     ) -> Any:
         """Return the model of a folder or of a repo on the Hub; arguments as the base class has.
 
-        Without a `dtype` every tensor keeps its own, also where they differ.
+        Without a `dtype` every tensor keeps its own, also where they differ; weights that are
+        quantized are decoded to the dtype that config.json loads the model in.
 
         Raises:
             OSError: no such folder, repo or file, or a file that is not whole.
@@ -83,15 +85,17 @@ class BackedModel(PreTrainedModel):
         places = {key: value for key, value in kwargs.items() if key in SOURCE_KEYS}
         if not isinstance(config, PreTrainedConfig):
             where = name if config is None else config
-            config = PreTrainedConfig.from_pretrained(where, **places)
+            config = cast("PreTrainedConfig", PreTrainedConfig.from_pretrained(where, **places))
         wanted = files.Wanted(
             variant=kwargs.get("variant"),
             explicit=getattr(config, "transformers_weights", None),
         )
         source = files.pinned(name, Source.taken_from(places))
         found = files.read(name, source, wanted)
+        with files.documented_errors():
+            specs = quantized.find(found, config).specs
         dtype = load_options.as_dtype(kwargs.get("dtype", kwargs.get("torch_dtype")))
-        return super().from_pretrained(name, found.tensors, dtype, config=config, **kwargs)
+        return super().from_pretrained(name, specs, dtype, config=config, **kwargs)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse: nothing here knows how this architecture computes.
@@ -172,7 +176,7 @@ class BackedModel(PreTrainedModel):
             name: TensorSpec(
                 name, spec.dtype, tuple(here[name].shape) if name in here else spec.shape
             )
-            for name, spec in ((name, tensor.spec) for name, tensor in self._stored.items())
+            for name, spec in self._specs.items()
         }
 
     def _vocabulary(self) -> Vocabulary:
@@ -201,9 +205,8 @@ class BackedModel(PreTrainedModel):
     def _place(self) -> str:
         return self.name_or_path or type(self).__name__
 
-    def _plant(self, stored: StoredTensor) -> None:
+    def _plant(self, spec: TensorSpec) -> None:
         """Put an empty parameter where its name says, with the modules above it."""
-        spec = stored.spec
         *path, leaf = spec.name.split(".")
         node: nn.Module = self
         for depth, part in enumerate(path):
@@ -211,7 +214,7 @@ class BackedModel(PreTrainedModel):
                 last = depth == len(path) - 1
                 node._modules[part] = self._node(spec.name) if last else nn.Module()
             node = node._modules[part]  # type: ignore[assignment]
-        kind = fill.torch_dtype(stored)
+        kind = fill.as_torch(spec, Path(self._place))
         wants_gradient = kind.is_floating_point and kind.itemsize > 1
         if wants_gradient and self._wanted_dtype is not None:
             kind = self._wanted_dtype

@@ -18,11 +18,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ckptd.models import initializing, lookups, resizing, tied
+from ckptd.models import casting, initializing, lookups, resizing, tied
 from ckptd.models.checkpointing import TrainingMixin
 from ckptd.models.config.config import PreTrainedConfig
 from ckptd.models.generation.generation_config import GenerationConfig
 from ckptd.models.layers import attention
+from ckptd.models.loading import load_options
 from ckptd.models.lookups import LookupsMixin
 from ckptd.models.module_utils import ModuleUtilsMixin
 from ckptd.models.push import PushToHubMixin
@@ -79,6 +80,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
         self.model_tags: list[str] | None = None
         self.all_tied_weights_keys: dict[str, str] = {}
         self.warnings_issued: dict[str, bool] = {}
+        self.dequantized_from: str | None = None
         config._attn_implementation = attention.resolve(
             config._attn_implementation,
             supports_sdpa=self._supports_sdpa,
@@ -299,13 +301,22 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
         cls._auto_class = auto.check_auto_class(name)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Self:
-        """Turn quantized weights into plain ones.
+        """Return this model, which is plain already; with a `dtype`, cast to it.
+
+        transformers holds quantized modules in memory and replaces them here, for three of its
+        methods. Here weights of every method are decoded while they are loaded, and none is ever
+        held quantized: `dequantized_from` names the format of the files, None for plain ones. A
+        `dtype` given to `from_pretrained` rounds once, straight from the quantized values; given
+        here it rounds again what was loaded. Parameters stay the same objects.
 
         Raises:
-            ValueError: the model is not quantized. Quantized checkpoints are turned into plain ones
-                on disk, by the pipeline's stage, before they are loaded here.
+            ValueError: the model was not loaded from a quantized checkpoint, or cannot be in `dtype`.
         """
-        raise ValueError("You need to first quantize your model in order to dequantize it")
+        if self.dequantized_from is None:
+            raise ValueError("You need to first quantize your model in order to dequantize it")
+        if dtype is not None:
+            casting.cast(self, load_options.as_dtype(dtype) or self.dtype)
+        return self
 
     # Generation, compilation, attention
 

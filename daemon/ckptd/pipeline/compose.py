@@ -12,13 +12,15 @@ from collections.abc import Callable, Sequence
 
 from ckptd.checkpoint import content
 from ckptd.checkpoint.checkpoint import Checkpoint
+from ckptd.errors import CheckpointUnsupported
 from ckptd.pipeline import devices, registry
 from ckptd.pipeline.definition import StageCall
 from ckptd.pipeline.stage import StageContext
 from ckptd.plan import draft, plan
 from ckptd.plan.draft import Draft
-from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load
+from ckptd.plan.nodes import Cast, Concat, Decode, Expression, Grown, Load
 from ckptd.plan.plan import Plan
+from ckptd.quant import formula, stored
 
 
 def from_headers(source: Checkpoint, stages: Sequence[StageCall]) -> Plan:
@@ -61,12 +63,30 @@ def _compose(
     same_content: Callable[[Expression, Expression], bool | None],
 ) -> Draft:
     context = StageContext(
-        source_path=source.path, same_content=same_content, device_bytes=devices.memory_bytes
+        source_path=source.path,
+        stored=stored.of_checkpoint(source),
+        same_content=same_content,
+        device_bytes=devices.memory_bytes,
     )
+    _require_plain(source, stages)
     current = draft.from_checkpoint(source)
     for call in stages:
         current = registry.STAGES[call.name].plan(current, call.options, context)
     return current
+
+
+def _require_plain(source: Checkpoint, stages: Sequence[StageCall]) -> None:
+    """Refuse a model whose tensors have names and blocks that only GGUF files have.
+
+    Raises:
+        CheckpointUnsupported: nothing makes plain weights of it.
+    """
+    if source.layout == "gguf" and all(call.name != "dequantize" for call in stages):
+        raise CheckpointUnsupported(
+            "a GGUF model must be dequantized before it is anything else",
+            path=source.path,
+            hint="put the stage dequantize first, or use the pipeline of that name",
+        )
 
 
 def _same(left: Expression, right: Expression, check: Callable[[], None]) -> bool:
@@ -82,6 +102,11 @@ def _same(left: Expression, right: Expression, check: Callable[[], None]) -> boo
         case Concat(parts=ours), Concat(parts=theirs) if len(ours) == len(theirs):
             pairs = zip(ours, theirs, strict=True)
             return all(_same(one, other, check) for one, other in pairs)
+        case Decode(formula=ours), Decode(formula=theirs):
+            if formula.settings(ours) != formula.settings(theirs) or left.first != right.first:
+                return False
+            parts = zip(formula.parts(ours), formula.parts(theirs), strict=True)
+            return all(content.same_bytes(a.extent, b.extent, check=check) for a, b in parts)
         case Grown(), Grown():
             alike = dataclasses.replace(left, source=right.source) == right
             return alike and _same(left.source, right.source, check)

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from ckptd.pipeline.stage import Stage
-from ckptd.pipeline.stages import cast, footprint, reshard, resize, tie, verify
+from ckptd.pipeline.stages import cast, dequantize, footprint, reshard, resize, tie, verify
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
-    for stage in (tie.STAGE, resize.STAGE, cast.STAGE, footprint.STAGE, reshard.STAGE, verify.STAGE)
+    for stage in (
+        tie.STAGE,
+        resize.STAGE,
+        dequantize.STAGE,
+        cast.STAGE,
+        footprint.STAGE,
+        reshard.STAGE,
+        verify.STAGE,
+    )
 }

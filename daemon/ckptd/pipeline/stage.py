@@ -11,7 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from ckptd import units
 from ckptd.plan.draft import Draft
-from ckptd.plan.expression import Expression
+from ckptd.plan.nodes import Expression
+from ckptd.quant.group import Stored
 
 ByteSize = Annotated[
     int,
@@ -44,12 +45,14 @@ class StageOptions(BaseModel):
 class StageContext:
     """What a stage may ask besides its draft and options.
 
+    `stored` is the checkpoint as the quantization formats see it, with the small reads they make.
     `same_content` says whether two expressions of equal dtype and shape hold the same bytes, or
     None in the first pass of planning, which reads headers alone. `device_bytes` gives the memory
     of a device (`cpu`, `cuda`, `cuda:1`), or None where there is no such device.
     """
 
     source_path: Path
+    stored: Stored
     same_content: Callable[[Expression, Expression], bool | None]
     device_bytes: Callable[[str], int | None]
 

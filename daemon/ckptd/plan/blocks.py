@@ -1,7 +1,7 @@
 """Dividing computed segments into blocks that fit a byte budget, and small ones into batches.
 
 A block is a part of one computed tensor: a range of elements where each is computed for itself, a
-group of rows where rows are grown. A batch is a few blocks that are read, computed and written
+group of rows where rows are grown or decoded. A batch is a few blocks that are read, computed and written
 together, so that tens of thousands of small tensors do not cost a round trip each.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.plan import expression
-from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load
+from ckptd.plan.nodes import Cast, Concat, Decode, Expression, Grown, Load, LowRank
 from ckptd.plan.plan import Computed, Run, Segment
 
 BLOCK_BYTES = 8 << 20
@@ -23,6 +23,10 @@ STATISTICS_BYTES = 4 << 20
 """Source rows per statistics step, as float32 bytes; fixed, so that sums never depend on memory."""
 _GROWN_BLOCK_BYTES = 4 * BLOCK_BYTES
 """Each block of grown rows is one more pass over the source: larger blocks, fewer passes."""
+_DECODED_BLOCK_BYTES = 2 * BLOCK_BYTES
+"""Rows of a weight packed along its other axis are narrow columns in the file: wider blocks."""
+_DECODE_WORKSPACE_BYTES = 8 << 20
+"""What a kernel takes besides its sources and its result, at most."""
 _ELEMENTS_UNIT = 64
 """Elements per block are a multiple of this: whole bytes in any dtype."""
 
@@ -39,17 +43,25 @@ class Block:
     @property
     def source_bytes(self) -> int:
         """The source bytes that go into the block."""
-        return sum(extent.nbytes for extent in expression.extents(self.value))
+        return sum(reading.nbytes for reading in expression.readings(self.value))
 
     @property
     def cost_bytes(self) -> int:
-        """Host memory while the block is in flight: sources, result, workspace of grown rows."""
-        grown = expression.grown_in(self.value)
-        if grown is not None:
+        """Host memory while the block is in flight: sources, result, workspace."""
+        if isinstance(self.value, Load):
+            return self.nbytes
+        made = expression.made_by_rows(self.value)
+        if isinstance(made, Grown):
             # Values in float32, and a statistics step as read, in float32 and in float64.
-            return self.nbytes + 4 * expression.numel(grown) + 4 * STATISTICS_BYTES
-        source = sum(extent.nbytes for extent in expression.loads(self.value))
-        return source if isinstance(self.value, Load) else source + self.nbytes
+            return self.nbytes + 4 * expression.numel(made) + 4 * STATISTICS_BYTES
+        cost = self.nbytes + _loaded_bytes(self.value)
+        if made is None:
+            return cost
+        workspace = min(_DECODE_WORKSPACE_BYTES, 16 * expression.numel(made))
+        if not isinstance(made, Decode):
+            return cost + 8 * expression.numel(made)
+        whole = made is self.value and len(made.span) == made.shape[made.axis]
+        return cost + workspace + (0 if whole else _span_bytes(made))
 
 
 def batches(segments: Iterable[Segment]) -> Iterator[list[Block]]:
@@ -58,7 +70,7 @@ def batches(segments: Iterable[Segment]) -> Iterator[list[Block]]:
     size = 0
     for segment in segments:
         for block in _blocks(segment):
-            wider = max(block.nbytes, sum(e.nbytes for e in expression.loads(block.value)))
+            wider = max(block.nbytes, _loaded_bytes(block.value))
             if batch and size + wider > BLOCK_BYTES:
                 yield batch
                 batch, size = [], 0
@@ -76,29 +88,61 @@ def _blocks(segment: Segment) -> Iterator[Block]:
     value, axis, step = _division(segment)
     num_rows = value.shape[axis]
     offset = segment.offset
-    for start in range(0, num_rows, step):
-        part = expression.rows(value, start, min(start + step, num_rows), axis=axis)
+    start = 0
+    # A part of a decoded weight may begin within a granule: the first block ends where one does.
+    stop = step - _first_row(value) % step
+    while start < num_rows:
+        part = expression.rows(value, start, min(stop, num_rows), axis=axis)
         nbytes = expression.nbytes(part)
         yield Block(segment.tensor, part, offset, nbytes)
         offset += nbytes
+        start, stop = stop, stop + step
 
 
 def _division(segment: Computed) -> tuple[Expression, int, int]:
     """Return the value to divide, the axis along which, and the length of a block there."""
-    grown = expression.grown_in(segment.value)
-    if grown is None:
+    made = expression.made_by_rows(segment.value)
+    if made is None:
         value = expression.flat(segment.value)
         step = BLOCK_BYTES * 8 // _widest_bits(value)
         return value, 0, max(_ELEMENTS_UNIT, step - step % _ELEMENTS_UNIT)
-    step = _GROWN_BLOCK_BYTES * grown.shape[grown.axis] // max(1, segment.nbytes)
-    return segment.value, grown.axis, max(GROWN_GROUP_ROWS, step - step % GROWN_GROUP_ROWS)
+    if isinstance(made, Grown):
+        unit, wanted = GROWN_GROUP_ROWS, _GROWN_BLOCK_BYTES
+        nbytes = segment.nbytes
+    else:
+        decoded = _decoded_in(made)
+        unit, wanted = 1 if decoded is None else decoded.formula.granule, _DECODED_BLOCK_BYTES
+        nbytes = max(segment.nbytes, _loaded_bytes(made))
+    step = wanted * made.shape[made.axis] // max(1, nbytes)
+    return segment.value, made.axis, max(unit, step - step % unit)
+
+
+def _first_row(value: Expression) -> int:
+    decoded = _decoded_in(value)
+    return 0 if decoded is None else decoded.first
+
+
+def _decoded_in(value: Expression) -> Decode | None:
+    """Return the decoded rows that `value` is, or that an adapter is merged into."""
+    made = expression.made_by_rows(value)
+    if isinstance(made, LowRank):
+        return _decoded_in(made.base)
+    return made if isinstance(made, Decode) else None
+
+
+def _loaded_bytes(value: Expression) -> int:
+    return sum(reading.nbytes for reading in expression.loads(value))
+
+
+def _span_bytes(made: Decode) -> int:
+    return len(made.span) * made.formula.columns * made.dtype.bits // 8
 
 
 def _widest_bits(value: Expression) -> int:
     match value:
-        case Load() | Grown():
-            return value.dtype.bits
         case Cast(source=source):
             return max(value.dtype.bits, _widest_bits(source))
         case Concat(parts=parts):
             return max(_widest_bits(part) for part in parts)
+        case _:
+            return value.dtype.bits

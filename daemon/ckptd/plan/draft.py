@@ -14,7 +14,7 @@ from typing import Any
 
 from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
 from ckptd.plan import expression
-from ckptd.plan.expression import Expression
+from ckptd.plan.nodes import Expression
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

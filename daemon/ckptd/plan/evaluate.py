@@ -10,19 +10,31 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ckptd.checkpoint.dtypes import Dtype
-from ckptd.checkpoint.header import Extent
 from ckptd.errors import CheckFailed
-from ckptd.plan import expression, grown
+from ckptd.plan import decoded, expression, grown
 from ckptd.plan.blocks import Block
 from ckptd.plan.buffers import BufferPool
-from ckptd.plan.expression import Cast, Concat, Expression, Grown, Load, NewRows
+from ckptd.plan.nodes import (
+    Cast,
+    Concat,
+    Decode,
+    Expression,
+    Grown,
+    Load,
+    LowRank,
+    NewRows,
+    Reading,
+    Tiles,
+    View,
+)
 from ckptd.plan.sources import Sources
+from ckptd.quant.parts import Window
 
 _ALIGNMENT_BYTES = 64
 """Where a block begins in a buffer: wide enough for every dtype and for vector loads."""
@@ -36,7 +48,7 @@ class Staged:
     """
 
     blocks: Sequence[Block]
-    loaded: dict[Extent, torch.Tensor]
+    loaded: dict[Reading, torch.Tensor]
     results: list[torch.Tensor]
     buffers: list[torch.Tensor]
 
@@ -50,23 +62,22 @@ class Evaluator:
         self._pinned = self._device.type == "cuda"
         self._pool = BufferPool(_pinned_memory if self._pinned else _private_memory)
 
-    def read(self, blocks: Sequence[Block]) -> Staged:
+    def read(self, blocks: Sequence[Block], *, results: bool = True) -> Staged:
         """Return `blocks` with everything they load read into host memory.
+
+        `results` says whether there is to be room for what they evaluate to, as `compute` needs.
 
         Raises:
             SourceChanged: a source ended early.
         """
-        extents = dict.fromkeys(
-            extent for block in blocks for extent in expression.loads(block.value)
+        sources, loaded = self._load(
+            reading for block in blocks for reading in expression.loads(block.value)
         )
-        sources, places = self._room(extent.nbytes for extent in extents)
-        loaded = dict(zip(extents, places, strict=True))
-        for extent, place in loaded.items():
-            if extent.nbytes:
-                self._sources.read_into(place.numpy().data, extent)
+        if not results:
+            return Staged(blocks, loaded, [], [sources])
         made = (0 if isinstance(block.value, Load) else block.nbytes for block in blocks)
-        values, results = self._room(made)
-        return Staged(blocks, loaded, results, [sources, values])
+        values, places = self._room(made)
+        return Staged(blocks, loaded, places, [sources, values])
 
     def compute(self, staged: Staged) -> list[memoryview]:
         """Return the bytes of each staged block, in order; they live until `release`.
@@ -80,10 +91,39 @@ class Evaluator:
                 for block, result in zip(staged.blocks, staged.results, strict=True)
             ]
 
+    def compute_into(self, staged: Staged, targets: Sequence[torch.Tensor]) -> None:
+        """Write each staged block into its target: of its shape and dtype, contiguous, anywhere.
+
+        Work on a CUDA device may still be under way on the current stream.
+
+        Raises:
+            CheckpointCorrupt: a scale is infinite or not a number.
+            CheckFailed: a finite value does not fit the dtype it is cast to.
+        """
+        for block, target in zip(staged.blocks, targets, strict=True):
+            if block.nbytes:
+                self._put(target, block.value, staged.loaded, block.tensor)
+
     def release(self, staged: Staged) -> None:
         """Take back the memory of a batch whose bytes nobody needs any more."""
         for buffer in staged.buffers:
             self._pool.give(buffer, len(buffer))
+
+    def _load(
+        self, readings: Iterable[Reading]
+    ) -> tuple[torch.Tensor, dict[Reading, torch.Tensor]]:
+        """Return a buffer with the bytes of `readings`, and a view of it for each of them."""
+        wanted = dict.fromkeys(readings)
+        buffer, places = self._room(reading.nbytes for reading in wanted)
+        loaded = dict(zip(wanted, places, strict=True))
+        for reading, place in loaded.items():
+            if not reading.nbytes:
+                continue
+            if isinstance(reading, Window):
+                self._sources.gather(place.numpy().data, reading)
+            else:
+                self._sources.read_into(place.numpy().data, reading)
+        return buffer, loaded
 
     def _room(self, sizes: Iterable[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return a buffer and a view of it for each of `sizes`, none on a shared cache line."""
@@ -95,7 +135,7 @@ class Evaluator:
         return buffer, [buffer[start : start + size] for start, size in places]
 
     def _bytes_of(
-        self, block: Block, loaded: dict[Extent, torch.Tensor], result: torch.Tensor
+        self, block: Block, loaded: dict[Reading, torch.Tensor], result: torch.Tensor
     ) -> memoryview:
         if isinstance(block.value, Load):
             result = loaded[block.value.extent]
@@ -105,16 +145,18 @@ class Evaluator:
         return result.numpy().data if block.nbytes else memoryview(b"")
 
     def _put(
-        self, out: torch.Tensor, value: Expression, loaded: dict[Extent, torch.Tensor], tensor: str
+        self, out: torch.Tensor, value: Expression, loaded: dict[Reading, torch.Tensor], tensor: str
     ) -> None:
-        """Write `value` into `out`, which is host memory."""
-        if isinstance(value, Cast) and self._device.type == "cpu":
+        """Write `value` into `out`; directly, where that is on the device."""
+        if isinstance(value, Cast) and out.device == self._device:
             _cast_into(out, self._value(value.source, loaded, tensor), value.dtype, tensor)
+        elif isinstance(value, Decode) and out.device == self._device:
+            decoded.into(out, value, self._parts(value, loaded), tensor)
         else:
             out.copy_(self._value(value, loaded, tensor))
 
     def _value(
-        self, value: Expression, loaded: dict[Extent, torch.Tensor], tensor: str
+        self, value: Expression, loaded: dict[Reading, torch.Tensor], tensor: str
     ) -> torch.Tensor:
         match value:
             case Load(extent=extent):
@@ -127,9 +169,49 @@ class Evaluator:
                 return out
             case Concat(parts=parts):
                 return torch.cat([self._value(part, loaded, tensor) for part in parts], value.axis)
+            case Decode():
+                out = torch.empty(value.shape, dtype=_torch_dtype(value.dtype), device=self._device)
+                decoded.into(out, value, self._parts(value, loaded), tensor)
+                return out
+            case View(source=inner):
+                return self._value(inner, loaded, tensor).view(value.shape)
+            case Tiles(parts=parts):
+                whole = torch.empty(
+                    value.shape, dtype=_torch_dtype(value.dtype), device=self._device
+                )
+                for part in parts:
+                    box = zip(part.at, part.source.shape, strict=True)
+                    place = whole[tuple(slice(at, at + length) for at, length in box)]
+                    place.copy_(self._value(part.source, loaded, tensor))
+                return whole
+            case LowRank():
+                return self._merged(value, loaded, tensor)
             case Grown():
                 new = self._grown(value, tensor)
                 return new.to(_torch_dtype(value.dtype)).view(value.shape)
+
+    def _merged(
+        self, value: LowRank, loaded: dict[Reading, torch.Tensor], tensor: str
+    ) -> torch.Tensor:
+        """Return base and adapter together, computed in float32."""
+        down, up = (
+            self._value(one, loaded, tensor).to(torch.float32) for one in (value.down, value.up)
+        )
+        base = self._value(value.base, loaded, tensor).to(torch.float32, copy=True)
+        rows = base.view(len(up), -1)
+        rows.addmm_(up, down.reshape(down.shape[0], -1), alpha=value.scale)
+        if value.magnitude is not None:
+            length = self._value(value.magnitude, loaded, tensor).to(torch.float32)
+            rows.mul_((length.view(-1) / rows.norm(dim=1)).unsqueeze(1))
+        out = torch.empty_like(base, dtype=_torch_dtype(value.dtype))
+        _cast_into(out, base, value.dtype, tensor)
+        return out
+
+    def _parts(self, value: Decode, loaded: Mapping[Reading, torch.Tensor]) -> list[torch.Tensor]:
+        """Return what the formula reads, as matrices on the device."""
+        return [
+            decoded.as_matrix(loaded[window].to(self._device), window) for window in value.windows
+        ]
 
     def _grown(self, value: Grown, tensor: str) -> torch.Tensor:
         """Return the new rows in host memory and in float32 or wider, of any shape."""
@@ -162,11 +244,7 @@ class Evaluator:
         for start in range(0, num_rows, step):
             stop = min(start + step, num_rows)
             part = expression.rows(value.source, start, stop, axis=value.axis)
-            extents = list(expression.loads(part))
-            buffer, places = self._room(extent.nbytes for extent in extents)
-            loaded = dict(zip(extents, places, strict=True))
-            for extent, place in loaded.items():
-                self._sources.read_into(place.numpy().data, extent)
+            buffer, loaded = self._load(expression.loads(part))
             rows = self._value(part, loaded, tensor).reshape(-1, width).to(torch.float32, copy=True)
             self._pool.give(buffer, len(buffer))
             yield rows

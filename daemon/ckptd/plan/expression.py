@@ -1,104 +1,33 @@
-"""What a tensor of the output is, said in terms of bytes of the source.
+"""Building and dividing expressions: what a tensor of the output is, in bytes of the source.
 
-An expression is a small frozen value with a known dtype and shape. The functions `cast`, `rows`
-and `concat` build them and check shapes at once; they also simplify, so that whatever is only moved
-stays a `Load` (or a `Concat` of loads) and can be copied byte for byte. Values are computed in
-`plan.evaluate`, block of rows by block of rows; here nothing is read.
-
-Rows are the entries along the first axis whose length is not 1 before the data (axis 0, or axis 1
-of a `[1, V]` bias): the axes before it have length 1, so rows are contiguous bytes.
+The functions `cast`, `rows`, `concat`, `view` and `tiles` make the values of `plan.nodes` and check
+shapes at once; they also simplify, so that whatever is only moved stays a `Load` (or a `Concat` of
+loads) and can be copied byte for byte. Here nothing is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import Extent, StoredTensor
-
-
-class NewRows(enum.StrEnum):
-    """How rows that have no source are made."""
-
-    MEAN = "mean"
-    """Around the mean of the source rows, with their covariance scaled by 1e-9."""
-    NORMAL = "normal"
-    """Independent normal values of mean 0 and a given standard deviation."""
-    BIAS_MEAN = "bias mean"
-    """For vectors: the mean of the source, with 1e-9 of its standard deviation."""
-    ZERO = "zero"
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """The bytes of an extent, as they are."""
-
-    extent: Extent
-    dtype: Dtype
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """The source's values in another dtype, each rounded once."""
-
-    source: Expression
-    dtype: Dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The source's shape."""
-        return self.source.shape
-
-
-@dataclass(frozen=True, slots=True)
-class Concat:
-    """Parts of equal dtype, one after the other along `axis`."""
-
-    parts: tuple[Expression, ...]
-    axis: int
-
-    @property
-    def dtype(self) -> Dtype:
-        """The dtype of every part."""
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The first part's shape with the lengths along `axis` added up."""
-        shape = list(self.parts[0].shape)
-        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Grown:
-    """Rows that the source does not have, made from its statistics and a seed.
-
-    `shape` and `axis` are those of the new rows alone, the first of which is number `first` of
-    all that are made (values depend on the row's number, not on how rows are grouped); `std` is
-    used by `NewRows.NORMAL`; `source` is what the statistics are taken over.
-    """
-
-    source: Expression
-    shape: tuple[int, ...]
-    axis: int
-    first: int
-    method: NewRows
-    std: float
-    seed: int
-
-    @property
-    def dtype(self) -> Dtype:
-        """The source's dtype."""
-        return self.source.dtype
-
-
-Expression = Load | Cast | Concat | Grown
+from ckptd.plan.nodes import (
+    ByRows,
+    Cast,
+    Concat,
+    Decode,
+    Expression,
+    Grown,
+    Load,
+    LowRank,
+    Reading,
+    Tile,
+    Tiles,
+    View,
+    row_axis,
+)
 
 
 def load(tensor: StoredTensor) -> Load:
@@ -115,6 +44,8 @@ def cast(source: Expression, dtype: Dtype) -> Expression:
         return source
     if isinstance(source, Concat):
         return Concat(tuple(cast(part, dtype) for part in source.parts), source.axis)
+    if isinstance(source, View):
+        return View(cast(source.source, dtype), source.shape)
     return Cast(source, dtype)
 
 
@@ -145,8 +76,21 @@ def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Express
         case Concat() if source.axis == axis:
             parts = list(_concat_rows(source, start, stop))
             return concat(parts or [rows(source.parts[0], 0, 0, axis=axis)], axis=axis)
-        case Grown() if source.axis == axis:
+        case Grown() | Decode() if source.axis == axis:
             return dataclasses.replace(source, shape=shape, first=source.first + start)
+        case View(source=inner):
+            width = math.prod(source.shape[axis + 1 :])
+            return view(rows(inner, start * width, stop * width), shape)
+        case Tiles() if source.axis == axis:
+            return Tiles(tuple(_tile_rows(source.parts, start, stop, axis)), shape)
+        case LowRank() if source.axis == axis:
+            magnitude = source.magnitude
+            return dataclasses.replace(
+                source,
+                base=rows(source.base, start, stop, axis=axis),
+                up=rows(source.up, start, stop),
+                magnitude=None if magnitude is None else rows(magnitude, start, stop),
+            )
         case _:
             raise ValueError(f"{type(source).__name__} has its rows along axis {source.axis}")
 
@@ -171,11 +115,56 @@ def concat(parts: Sequence[Expression], *, axis: int = 0) -> Expression:
     return full[0] if len(full) == 1 else Concat(full, axis)
 
 
-def flat(source: Expression) -> Expression:
-    """Return the elements of `source`, made of loads and casts alone, as one long row.
+def view(source: Expression, shape: tuple[int, ...]) -> Expression:
+    """Return the elements of a flat `source` as a tensor of `shape`.
 
     Raises:
-        ValueError: a part is made from statistics of rows, which have no meaning element by element.
+        ValueError: not as many elements, or the source is not one row.
+    """
+    if len(source.shape) != 1 or source.shape[0] != math.prod(shape):
+        raise ValueError(f"{source.shape} is not {shape} in one row")
+    match source:
+        case Load(extent=extent):
+            return Load(extent, source.dtype, shape)
+        case Cast(source=Load() as inner):
+            return Cast(view(inner, shape), source.dtype)
+        case _:
+            return View(source, shape)
+
+
+def tiles(parts: Sequence[Tile], shape: tuple[int, ...]) -> Expression:
+    """Return the tensor of `shape` that `parts` cover; parts one after the other are a `Concat`.
+
+    Raises:
+        ValueError: the parts do not cover the shape exactly, or their dtypes differ.
+    """
+    full = [part for part in parts if numel(part.source)]
+    if sum(numel(part.source) for part in full) != math.prod(shape):
+        raise ValueError(f"the parts do not cover {shape}")
+    for part in full:
+        ends = [at + length for at, length in zip(part.at, part.source.shape, strict=True)]
+        if min(part.at, default=0) < 0 or any(e > n for e, n in zip(ends, shape, strict=True)):
+            raise ValueError(f"a part at {part.at} of {part.source.shape} is outside of {shape}")
+    if not full:
+        return parts[0].source
+    axis = row_axis(shape)
+    full.sort(key=lambda part: part.at)
+    _require_apart(full)
+    if all(
+        part.source.shape[:axis] + part.source.shape[axis + 1 :] == shape[:axis] + shape[axis + 1 :]
+        for part in full
+    ):
+        return concat([part.source for part in full], axis=axis) if shape else full[0].source
+    if len({part.source.dtype for part in full}) > 1:
+        raise ValueError("the parts differ in dtype")
+    return Tiles(tuple(full), shape)
+
+
+def flat(source: Expression) -> Expression:
+    """Return the elements of `source`, which is not made row by row, as one long row.
+
+    Raises:
+        ValueError: a part is made row by row.
     """
     match source:
         case Load():
@@ -184,15 +173,17 @@ def flat(source: Expression) -> Expression:
             return Cast(flat(inner), source.dtype)
         case Concat(parts=parts):
             return concat([flat(part) for part in parts])
-        case Grown():
-            raise ValueError("grown rows have no elements of their own")
+        case View(source=inner):
+            return flat(inner)
+        case _:
+            raise ValueError(f"{type(source).__name__} is made row by row")
 
 
-def grown_in(source: Expression) -> Grown | None:
-    """Return the grown rows that `source` is, as they are or cast, or None if it is anything else."""
+def made_by_rows(source: Expression) -> ByRows | None:
+    """Return what `source` is, as it is or cast, if that is made row by row; else None."""
     while isinstance(source, Cast):
         source = source.source
-    return source if isinstance(source, Grown) else None
+    return source if isinstance(source, ByRows) else None
 
 
 def numel(expression: Expression) -> int:
@@ -207,30 +198,65 @@ def nbytes(expression: Expression) -> int:
     return numel(expression) * expression.dtype.bits // 8
 
 
-def extents(expression: Expression) -> Iterator[Extent]:
-    """Yield every extent the value is made from."""
-    match expression:
-        case Load(extent=extent):
-            yield extent
-        case Concat(parts=parts):
-            for part in parts:
-                yield from extents(part)
-        case Cast(source=source) | Grown(source=source):
-            yield from extents(source)
+def readings(expression: Expression) -> Iterator[Reading]:
+    """Yield everything that the value is made from."""
+    if isinstance(expression, Grown):
+        yield from readings(expression.source)
+    else:
+        yield from _own_readings(expression)
+        for source in _sources(expression):
+            yield from readings(source)
 
 
-def loads(expression: Expression) -> Iterator[Extent]:
-    """Yield the extents to hold in memory for the value; rows' statistics stream theirs."""
+def loads(expression: Expression) -> Iterator[Reading]:
+    """Yield what to hold in memory for the value; rows' statistics stream theirs."""
+    yield from _own_readings(expression)
+    for source in _sources(expression):
+        yield from loads(source)
+
+
+def _own_readings(expression: Expression) -> Iterator[Reading]:
+    if isinstance(expression, Load):
+        yield expression.extent
+    elif isinstance(expression, Decode):
+        yield from expression.windows
+
+
+def _sources(expression: Expression) -> Iterator[Expression]:
+    """Yield the expressions whose values a value is computed from."""
     match expression:
-        case Load(extent=extent):
-            yield extent
-        case Cast(source=source):
-            yield from loads(source)
+        case Cast(source=source) | View(source=source):
+            yield source
         case Concat(parts=parts):
-            for part in parts:
-                yield from loads(part)
-        case Grown():
-            return
+            yield from parts
+        case Tiles(parts=boxes):
+            yield from (box.source for box in boxes)
+        case LowRank(base=base, down=down, up=up, magnitude=magnitude):
+            yield from (base, down, up)
+            if magnitude is not None:
+                yield magnitude
+
+
+def _tile_rows(parts: Sequence[Tile], start: int, stop: int, axis: int) -> Iterator[Tile]:
+    for part in parts:
+        begin = part.at[axis]
+        low, high = max(start, begin), min(stop, begin + part.source.shape[axis])
+        if low < high:
+            at = (*part.at[:axis], low - start, *part.at[axis + 1 :])
+            yield Tile(rows(part.source, low - begin, high - begin, axis=axis), at)
+
+
+def _require_apart(parts: Sequence[Tile]) -> None:
+    """Refuse parts that overlap: with the right number of elements they would leave a hole."""
+    for place, one in enumerate(parts):
+        for other in parts[place + 1 :]:
+            if all(
+                a < b + m and b < a + n
+                for a, n, b, m in zip(
+                    one.at, one.source.shape, other.at, other.source.shape, strict=True
+                )
+            ):
+                raise ValueError(f"parts at {one.at} and {other.at} overlap")
 
 
 def _concat_rows(source: Concat, start: int, stop: int) -> Iterator[Expression]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from ckptd.checkpoint.dtypes import Dtype
-from ckptd.checkpoint.header import Extent, FileStamp, StoredTensor
+from ckptd.checkpoint.header import Extent, FileStamp, StoredTensor, TensorSpec
 from ckptd.errors import CheckpointUnsupported
 from ckptd.plan.sources import MAX_BUFFERS, Sources
 
@@ -110,15 +110,24 @@ def torch_dtype(stored: StoredTensor) -> torch.dtype:
     Raises:
         CheckpointUnsupported: torch has none (packed types of fewer than 8 bits).
     """
-    name = stored.spec.dtype.torch_name
+    return as_torch(stored.spec, stored.extent.path)
+
+
+def as_torch(spec: TensorSpec, path: Path) -> torch.dtype:
+    """Return the dtype of torch that a tensor of the checkpoint at `path` has.
+
+    Raises:
+        CheckpointUnsupported: torch has none (packed types of fewer than 8 bits).
+    """
+    name = spec.dtype.torch_name
     dtype = getattr(torch, name, None) if name is not None else None
     if not isinstance(dtype, torch.dtype):
         raise CheckpointUnsupported(
             "torch cannot hold this dtype",
-            path=stored.extent.path,
-            tensor=stored.spec.name,
+            path=path,
+            tensor=spec.name,
             expected=f"one of {', '.join(d for d in Dtype if d.torch_name is not None)}",
-            found=str(stored.spec.dtype),
+            found=str(spec.dtype),
             hint="dequantize the checkpoint first, or update torch",
         )
     return dtype

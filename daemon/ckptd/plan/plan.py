@@ -19,9 +19,10 @@ from pathlib import Path
 from ckptd.checkpoint import header, index
 from ckptd.checkpoint.checkpoint import SideFile
 from ckptd.checkpoint.header import Extent, TensorSpec
-from ckptd.plan import expression, shards
+from ckptd.plan import expression, nodes, shards
 from ckptd.plan.draft import Draft, StageReport, Verification
-from ckptd.plan.expression import Concat, Expression, Load
+from ckptd.plan.nodes import Concat, Expression, Load, View
+from ckptd.quant.formula import describe
 
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
@@ -106,7 +107,7 @@ class Plan:
             if isinstance(part, Run):
                 total += part.nbytes
             else:
-                total += sum(extent.nbytes for extent in expression.extents(part.value))
+                total += sum(reading.nbytes for reading in expression.readings(part.value))
         return total
 
     @property
@@ -122,7 +123,7 @@ class Plan:
             if isinstance(part, Run):
                 paths.add(part.source.path)
             else:
-                paths |= {extent.path for extent in expression.extents(part.value)}
+                paths |= {reading.path for reading in expression.readings(part.value)}
         return frozenset(paths)
 
     @cached_property
@@ -183,7 +184,7 @@ def _shard(name: str, tensors: list[str], draft: Draft) -> ShardPlan:
     offset = 0
     for spec in specs:
         raw.extend(
-            part for part in _segments_of(spec.name, values[spec.name], offset) if part.nbytes
+            part for part in segments_of(spec.name, values[spec.name], offset) if part.nbytes
         )
         offset += expression.nbytes(values[spec.name])
     merged = _merge(raw)
@@ -201,14 +202,17 @@ def _shard(name: str, tensors: list[str], draft: Draft) -> ShardPlan:
     )
 
 
-def _segments_of(tensor: str, value: Expression, offset: int) -> Iterator[Segment]:
+def segments_of(tensor: str, value: Expression, offset: int) -> Iterator[Segment]:
+    """Yield what the bytes of a tensor are made of, the first of them at `offset`."""
     match value:
         case Load(extent=extent):
             yield Run(extent, offset)
         case Concat(parts=parts):
             for part in parts:
-                yield from _segments_of(tensor, part, offset)
+                yield from segments_of(tensor, part, offset)
                 offset += expression.nbytes(part)
+        case View(source=source):
+            yield from segments_of(tensor, source, offset)
         case _:
             yield Computed(tensor, value, offset, expression.nbytes(value))
 
@@ -250,7 +254,7 @@ def _moved(part: Segment, by: int) -> Segment:
 
 
 def _config_bytes(draft: Draft) -> bytes:
-    if draft.config == draft.source_config:
+    if draft.config == draft.source_config and draft.config_path.name == CONFIG_NAME:
         return draft.config_path.read_bytes()
     return (json.dumps(draft.config, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -267,10 +271,21 @@ def _describe_value(value: Expression) -> str:
             return f"load({extent.path.name},{extent.offset},{extent.nbytes},{value.dtype})"
         case Concat(parts=parts):
             return f"concat({value.axis},{','.join(_describe_value(part) for part in parts)})"
-        case expression.Cast(source=source):
+        case nodes.Cast(source=source):
             return f"cast({value.dtype},{_describe_value(source)})"
-        case expression.Grown(source=source):
+        case nodes.Grown(source=source):
             how = (
                 f"{value.shape},{value.axis},{value.first},{value.method},{value.std},{value.seed}"
             )
             return f"grown({how},{_describe_value(source)})"
+        case nodes.Decode(formula=formula, first=first):
+            return f"decode({value.shape},{value.axis},{first},{describe(formula)})"
+        case View(source=source):
+            return f"view({value.shape},{_describe_value(source)})"
+        case nodes.Tiles(parts=tiles):
+            boxes = (f"{tile.at}:{_describe_value(tile.source)}" for tile in tiles)
+            return f"tiles({value.shape},{','.join(boxes)})"
+        case nodes.LowRank(base=base, down=down, up=up, magnitude=magnitude):
+            factors = ",".join(_describe_value(one) for one in (base, down, up))
+            length = None if magnitude is None else _describe_value(magnitude)
+            return f"lowrank({factors},{value.scale},{value.dtype},{length})"

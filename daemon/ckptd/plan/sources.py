@@ -14,6 +14,7 @@ from pathlib import Path
 from ckptd.checkpoint import checkpoint
 from ckptd.checkpoint.header import Extent, FileStamp
 from ckptd.errors import SourceChanged
+from ckptd.quant.parts import Window
 
 MAX_BUFFERS = 1024
 """How many buffers one system call fills: the limit of Linux (IOV_MAX)."""
@@ -87,6 +88,17 @@ class Sources:
             done += got
             if done < extent.nbytes:
                 left = _after(left, got)
+
+    def gather(self, buffer: memoryview, window: Window) -> None:
+        """Fill `buffer`, of the window's length, with its ranges, one after the other.
+
+        Raises:
+            SourceChanged: the file ended before the window did, or can no longer be read.
+        """
+        width, path = window.width_bytes, window.path
+        for place in range(window.count):
+            extent = Extent(path, window.extent.offset + place * window.stride_bytes, width)
+            self.scatter([buffer[place * width : (place + 1) * width]], extent)
 
     def check(self) -> None:
         """Verify that every source is still as planned.

@@ -1,5 +1,8 @@
-"""Decoders of quantized checkpoints, one a file behind one protocol.
+"""Decoders of quantized checkpoints: from what lies on disk to plain weights.
 
-Empty so far: quantized checkpoints pass through bit for bit, and stages that would break them
-(`cast`, `resize` of quantized rows) refuse them by name.
+Three rooms, so that planning needs no torch. `formats` has one file a family of writers: which
+tensors belong together, what their names and metadata mean. It makes `formulas`, small frozen
+values that say how one weight is computed from ranges of files, with shape and dtype known from
+headers. `kernels` has the mathematics of each formula in torch, the only modules here that import
+it. `registry` names all formats, `leftovers` proves that nothing quantized remains.
 """

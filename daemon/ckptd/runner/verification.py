@@ -17,6 +17,7 @@ from typing import Any
 
 from ckptd.errors import CheckFailed
 from ckptd.plan.draft import StageReport, Verification
+from ckptd.quant import configuration
 
 _NUM_TOKENS = 16
 _LISTED = 5
@@ -82,7 +83,12 @@ def verify(
         logits, ids = _examine(folder, wanted, chosen, found, check)
         if wanted.compare and logits is not None and not found.problems:
             check()
-            _compare(logits, _source_logits(source_path, ids, chosen), wanted.tolerance, found)
+            try:
+                source = _source_logits(source_path, ids, chosen, found.dtype)
+            except (OSError, RuntimeError, ValueError) as error:
+                found.problems.append(f"it cannot be compared, the source does not load: {error}")
+            else:
+                _compare(logits, source, wanted.tolerance, found)
     verdict = Verdict(
         problems=tuple(found.problems), notes=tuple(found.notes), facts=dict(found.facts)
     )
@@ -100,6 +106,8 @@ class _Findings:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    dtype: Any = None
+    """What the output was run in."""
 
 
 def _examine(
@@ -113,6 +121,7 @@ def _examine(
         return None, None
     check()
     found.facts["parameters"] = model.num_parameters()
+    found.dtype = model.dtype
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[kind])
         if names:
@@ -153,17 +162,28 @@ def _elsewhere(path: Path, backed: Any, device: str, found: _Findings) -> Any:
         found.notes.append(note)
         return None
     found.facts["forward"] = "transformers"
-    return cls.from_pretrained(path, trust_remote_code=False).to(device).eval()
+    if backed.dequantized_from is None:
+        return cls.from_pretrained(path, trust_remote_code=False).to(device).eval()
+    # transformers would want the library that quantized it, and is wrong for several.
+    config = cls.config_class.from_dict(backed.config.to_diff_dict())
+    state = backed.state_dict()
+    return cls.from_pretrained(None, config=config, state_dict=state).to(device).eval()
 
 
-def _load(folder: Path, device: str) -> tuple[Any, Any]:
-    """Return the model of the class that config.json names, and the loading report."""
+def _load(folder: Path, device: str, *, decoded_to: Any = None) -> tuple[Any, Any]:
+    """Return the model of the class that config.json names, and the loading report.
+
+    `decoded_to` is the dtype of a quantized checkpoint's model; plain ones have one of their own.
+    """
     auto: Any = importlib.import_module("ckptd.models.auto")
     registry: Any = importlib.import_module("ckptd.models.registry")
     config = auto.AutoConfig.from_pretrained(folder)
+    dtype = decoded_to if configuration.declared(config.to_dict()) else None
     names = getattr(config, "architectures", None) or [""]
     cls = registry.find_class(names[0]) or auto.AutoModel
-    loaded: tuple[Any, Any] = cls.from_pretrained(folder, output_loading_info=True, device=device)
+    loaded: tuple[Any, Any] = cls.from_pretrained(
+        folder, output_loading_info=True, device=device, dtype=dtype
+    )
     return loaded
 
 
@@ -172,8 +192,9 @@ def _is_backed(model: Any) -> bool:
     return isinstance(model, importlib.import_module("ckptd.models.backed").BackedModel)
 
 
-def _source_logits(path: Path, ids: Any, device: str) -> Any:
-    model, _ = _load(path, device)
+def _source_logits(path: Path, ids: Any, device: str, dtype: Any) -> Any:
+    """Return what the source computes; a quantized one in the dtype that the output has."""
+    model, _ = _load(path, device, decoded_to=dtype)
     if _is_backed(model):
         model = _elsewhere(path, model, device, _Findings())
     return _run(model, ids)

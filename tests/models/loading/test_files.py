@@ -14,7 +14,8 @@ import torch
 from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file
 
-from ckptd.models.loading import loading
+from ckptd.models.config.config_source import Source
+from ckptd.models.loading import files, loading
 from tests.models.tiny import TinyBody, TinyConfig, tiny_saved, tiny_state
 
 BOTH = "output_loading_info"
@@ -233,6 +234,24 @@ def test_a_sharded_repository_is_fetched_whole(
     assert torch.equal(model.embed.weight, tiny_state()["embed.weight"])
     assert len(list(cache["cache_dir"].glob("models--*/snapshots/*"))) == 1
     assert downloaded(cache["cache_dir"]) == {path.name for path in folder.iterdir()}
+
+
+def test_documents_beside_the_weights_are_found_when_asked_for(
+    repo: HfApi, tiny: Path, cache: dict[str, Any]
+) -> None:
+    """In a folder and in a repository; nothing is fetched before, and absence is None."""
+    (tiny / "quantize_config.json").write_text('{"bits": 4}')
+    repo.upload_file(
+        repo_id=REPO, path_or_fileobj=b'{"bits": 4}', path_in_repo="quantize_config.json"
+    )
+    for name in (str(tiny), REPO):
+        source = files.pinned(name, Source(**cache))
+        found = files.read(name, source, files.Wanted())
+        assert "quantize_config.json" not in downloaded(cache["cache_dir"])
+        assert found.document("hf_quant_config.json") is None
+        assert found.document("quantize_config.json") == {"bits": 4}
+    offline = Source(**cache, local_files_only=True, revision=source.revision)
+    assert files.read(REPO, offline, files.Wanted()).document("quant_config.json") is None
 
 
 def test_a_pull_request_can_be_tried(repo: HfApi, tmp_path: Path, cache: dict[str, Any]) -> None:

@@ -417,10 +417,3 @@ def test_a_generation_config_comes_along(tmp_path: Path) -> None:
     model = llama.LlamaForCausalLM.from_pretrained(tmp_path)
     assert model.generation_config.max_new_tokens == 7
     assert model.generation_config.do_sample is True
-
-
-def test_a_quantized_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    """The method and the command that makes a plain copy are named; nothing is read."""
-    folder = tiny_saved(tmp_path, tiny_state(), quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ValueError, match=r"gptq.*plain copy"):
-        TinyBody.from_pretrained(folder)

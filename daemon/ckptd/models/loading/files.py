@@ -9,10 +9,12 @@ pickle ever.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -21,7 +23,7 @@ from ckptd.checkpoint import checkpoint, header, index, weights
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import list_files
 from ckptd.checkpoint.weights import WeightFiles
-from ckptd.errors import CheckpointRefused, CheckpointVanished, SourceChanged
+from ckptd.errors import CheckFailed, CheckpointRefused, CheckpointVanished, SourceChanged
 from ckptd.models.config import config_source
 from ckptd.models.config.config_source import Source
 
@@ -44,11 +46,18 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """The tensors of a checkpoint by name, in source order, and the state of their files."""
+    """The tensors of a checkpoint by name, in source order, and the state of their files.
+
+    `metadata` is that of each header. `document` returns a JSON file that lies beside the weights,
+    in the folder or in the repository, or None; it is fetched when it is asked for.
+    """
 
     origin: str
+    folder: Path = Path()
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
+    metadata: tuple[Mapping[str, str], ...] = ()
+    document: Callable[[str], Mapping[str, Any] | None] = lambda _name: None
     notes: tuple[str, ...] = ()
 
 
@@ -98,8 +107,12 @@ def read(name: str | os.PathLike[str], source: Source, wanted: Wanted) -> Weight
         else:
             found, folder = _from_hub(os.fspath(name), source, wanted)
         headers = [header.read(folder / shard) for shard in found.shards]
+        is_here = path.exists()
         return Weights(
             origin=os.fspath(name),
+            folder=folder,
+            document=functools.partial(_beside, folder if is_here else os.fspath(name), source),
+            metadata=tuple(shard.metadata for shard in headers),
             tensors=checkpoint.tensors_of(folder, headers, found.weight_map),
             stamps={shard.path: shard.stamp for shard in headers},
             notes=found.notes,
@@ -108,11 +121,25 @@ def read(name: str | os.PathLike[str], source: Source, wanted: Wanted) -> Weight
 
 @contextlib.contextmanager
 def documented_errors() -> Iterator[None]:
-    """Turn our refusals of a checkpoint into the OSError that callers of transformers expect."""
+    """Turn our refusals of a checkpoint into the OSError that callers of transformers expect.
+
+    Values that the dtype asked for cannot hold are a ValueError: the checkpoint is well.
+    """
     try:
         yield
+    except CheckFailed as error:
+        raise ValueError(str(error)) from error
     except (CheckpointRefused, CheckpointVanished, SourceChanged) as error:
         raise OSError(str(error)) from error
+
+
+def _beside(where: Path | str, source: Source, name: str) -> Mapping[str, Any] | None:
+    """Return the JSON file `name` of a folder or a repository, or None where there is none."""
+    if isinstance(where, Path):
+        path = where / name
+        return index.read_json(path) if path.is_file() else None
+    fetched = _fetched(where, name, source)
+    return None if fetched is None else index.read_json(fetched)
 
 
 def _check_explicit(name: str) -> None:

@@ -26,9 +26,9 @@ _REFUSED = {
     "device_mesh": "a model is loaded onto one device",
     "distributed_config": "a model is loaded onto one device",
     "fusion_config": "modules are never fused",
-    "gguf_file": "GGUF files are not read: load the safetensors checkpoint it was made of",
+    "gguf_file": "GGUF files are not loaded: make safetensors of it with the stage `dequantize`, or "
+    "load the checkpoint it was made of",
     "kernel_config": "no kernels are downloaded",
-    "quantization_config": "nothing is quantized while it is loaded: leave it out",
     "tp_plan": "a model is loaded onto one device",
     "tp_size": "a model is loaded onto one device",
     "use_kernels": "no kernels are downloaded",
@@ -65,6 +65,7 @@ class LoadOptions:
         for name, why in _REFUSED.items():
             if kwargs.pop(name, None):
                 raise ValueError(f"from_pretrained({name}=...): {why}")
+        _check_quantization(kwargs.pop("quantization_config", None))
         dtype, old_dtype = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
         device, device_map = kwargs.pop("device", None), kwargs.pop("device_map", None)
         if device is not None and device_map is not None:
@@ -109,6 +110,26 @@ def check_dtype(dtype: torch.dtype) -> torch.dtype:
         names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
         raise ValueError(f"a model cannot be made in {dtype}: expected one of {names}")
     return dtype
+
+
+def _check_quantization(wanted: Any) -> None:
+    """Check that a `quantization_config` asks for plain weights, which is what loading gives.
+
+    Objects of transformers and mappings say so by `dequantize=True`, compressed-tensors' by
+    `run_compressed=False`.
+
+    Raises:
+        ValueError: it asks for weights that are quantized.
+    """
+    if wanted is None:
+        return
+    said = wanted if isinstance(wanted, Mapping) else vars(wanted)
+    if said.get("dequantize") is not True and said.get("run_compressed") is not False:
+        raise ValueError(
+            "from_pretrained(quantization_config=...): nothing is quantized while it is loaded, and "
+            "a quantized checkpoint is decoded without being asked: leave it out, or say "
+            "dequantize=True in it"
+        )
 
 
 _AUTOMATIC = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})

@@ -6,7 +6,8 @@ are never mapped, so a checkpoint that is replaced or truncated cannot harm a mo
 and pickles are never opened. What differs from transformers, knowingly: shapes are compared before
 anything is read; a stale index or single file of an earlier save does not win; two tied weights
 that differ set `tie_word_embeddings` to False, so that a later save keeps both; a state dictionary
-is copied, not shared with the model.
+is copied, not shared with the model; a quantized checkpoint becomes a plain model, its weights
+decoded block of rows by block of rows into the parameters, whatever the library that wrote it.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ckptd.models import base
+from ckptd.models import base, casting
 from ckptd.models.config.config import PreTrainedConfig
 from ckptd.models.config.config_source import Source
 from ckptd.models.generation.generation_config import GenerationConfig
-from ckptd.models.loading import files, load_options, placing
+from ckptd.models.loading import files, load_options, placing, quantized
 from ckptd.models.loading.files import Wanted, Weights
 from ckptd.models.loading.load_options import LoadOptions
 from ckptd.models.loading.placing import Placement, Value
+from ckptd.models.loading.quantized import Decoded
 from ckptd.plan import fill
+from ckptd.quant import configuration
+from ckptd.quant.group import Group
 
 if TYPE_CHECKING:
     from ckptd.models.base import PreTrainedModel
@@ -73,15 +77,17 @@ def load(
             float of the weights), `device` or `device_map` (one device), `output_loading_info`
             (gives `(model, info)`), `state_dict`, `attn_implementation`, `variant`, `subfolder`,
             `generation_config`, `key_mapping`, `proxies` (accepted), `trust_remote_code`
-            (accepted; no code of a checkpoint runs). Others that name an attribute of the
+            (accepted; no code of a checkpoint runs), `quantization_config` (accepted where it says
+            `dequantize=True`, which is what is done anyway). Others that name an attribute of the
             configuration override it where it is not given as an object; the rest goes to the
             model's constructor.
 
     Raises:
         OSError: no such folder, repository, revision or file, or a file that is not whole.
+            Also a checkpoint that is quantized in a way that is not decoded, or wrongly.
         RuntimeError: shapes differ; lists name, shape in the checkpoint, shape in the model.
-        ValueError: arguments that exclude each other, an unknown dtype, more than one device, or a
-            quantized checkpoint.
+        ValueError: arguments that exclude each other, an unknown dtype, more than one device, a
+            request to quantize, or float16 for quantized weights that are beyond it.
     """
     options = LoadOptions.taken_from(kwargs)
     source = Source(
@@ -99,10 +105,12 @@ def load(
         source = files.pinned(name, source)
     made, model_kwargs = _configuration(cls, name, config, source, options, kwargs)
     found = _weights(name, source, options, use_safetensors, made)
+    with files.documented_errors():
+        decoded = _decoded(found, options.state_dict, made)
     values: Mapping[str, Value] = (
-        found.tensors if options.state_dict is None else options.state_dict
+        decoded.tensors if options.state_dict is None else options.state_dict
     )
-    dtype = _settle_dtype(made, options.dtype, values)
+    dtype = _settle_dtype(made, options.dtype or decoded.torch_dtype, values)
     # A model made in inference mode could never be trained, and its memory not be filled by threads.
     with torch.inference_mode(mode=False):
         model = _built(cls, made, dtype, model_args, model_kwargs)
@@ -120,6 +128,7 @@ def load(
     if table is not None:
         _log.warning(table)
     model.eval()
+    model.dequantized_from = decoded.format_name
     model._is_loaded_from_checkpoint = True  # saving then orders names as transformers does
     _give_generation_config(model, name, source, options)
     return (model, info.to_dict()) if options.output_loading_info else model
@@ -173,7 +182,6 @@ def _configuration(
         )
     for key, value in chosen.items():
         setattr(made, f"_{key}", value)
-    _refuse_quantized(made, name)
     made.name_or_path = "" if name is None else os.fspath(name)
     return made, rest
 
@@ -182,18 +190,6 @@ def _config_place(name: Any) -> Any:
     """Return where config.json is: beside a weight file, where that is what was named."""
     path = Path(name).expanduser()
     return path.parent if path.suffix == ".safetensors" and path.is_file() else name
-
-
-def _refuse_quantized(config: Any, name: Name | None) -> None:
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else None
-    raise ValueError(
-        f"{'this model' if name is None else os.fspath(name)} is quantized (quant_method "
-        f"{method or 'not said'!r}) and cannot be loaded as it is: write a plain copy with the "
-        "library that quantized it, then load that"
-    )
 
 
 def _weights(
@@ -216,15 +212,29 @@ def _weights(
     return found
 
 
+def _decoded(found: Weights, state: Mapping[str, torch.Tensor] | None, config: Any) -> Decoded:
+    """Return the tensors that the files hold once decoded; `config` then says nothing of it.
+
+    Raises:
+        ValueError: a state dictionary of quantized tensors.
+    """
+    if state is None:
+        decoded = quantized.find(found, config)
+    else:
+        decoded = Decoded(tensors={})
+        if configuration.declared(config.to_dict()):
+            quantized.require_plain_values(state)
+    if decoded.format_name is not None or configuration.declared(config.to_dict()):
+        quantized.strip(config)
+    return decoded
+
+
 def _settle_dtype(
     config: Any, wanted: torch.dtype | None, values: Mapping[str, Value]
 ) -> torch.dtype:
     """Return the dtype of the model, and write it into the configuration and its parts."""
     dtype = wanted or load_options.as_dtype(_bare(config.dtype)) or _first_float(values)
-    config.dtype = dtype
-    for part in config.sub_configs:
-        if getattr(config, part, None) is not None:
-            getattr(config, part).dtype = dtype
+    casting.say(config, dtype)
     return dtype
 
 
@@ -236,6 +246,7 @@ def _first_float(values: Mapping[str, Value]) -> torch.dtype:
     dtypes = (
         value.dtype if isinstance(value, torch.Tensor) else fill.torch_dtype(value)
         for _, value in sorted(values.items())
+        if not isinstance(value, Group)
     )
     return next((one for one in dtypes if one in load_options.DTYPES), torch.float32)
 

@@ -21,15 +21,19 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 
 from ckptd.checkpoint.header import FileStamp, StoredTensor
+from ckptd.models import casting
 from ckptd.models.loading.report import LoadingInfo
-from ckptd.plan import fill
+from ckptd.plan import fill, fill_decoded
 from ckptd.plan.fill import Filling
+from ckptd.plan.fill_decoded import Decoding
+from ckptd.quant.group import Group
 
 if TYPE_CHECKING:
     from ckptd.models.base import PreTrainedModel
 
-Value = StoredTensor | torch.Tensor
-"""A tensor of the checkpoint: still in its file, or in memory (a state dictionary)."""
+Value = StoredTensor | Group | torch.Tensor
+"""A tensor of the checkpoint: still in its file, plain or to be decoded from several tensors there, or
+in memory (a state dictionary)."""
 
 _OLD_NAMES = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 """What checkpoints of the first years call a norm's weight and bias."""
@@ -147,7 +151,7 @@ def place(model: PreTrainedModel, placement: Placement) -> LoadingInfo:
             f"Error(s) in loading state_dict for {type(model).__name__}:\n{info.mismatches()}\n"
             "\tgive ignore_mismatched_sizes=True to give these new values instead"
         )
-    kept_in_fp32 = _kept_in_fp32(model, placement.dtype)
+    kept_in_fp32 = casting.kept_in_fp32(model, placement.dtype)
     _fill(slots, chosen, placement, kept_in_fp32)
     _renew_missing(model, slots, info, placement.device, kept_in_fp32)
     _move_buffers(model, placement.device)
@@ -222,33 +226,24 @@ def _shape(value: Value) -> tuple[int, ...]:
     return value.spec.shape if isinstance(value, StoredTensor) else tuple(value.shape)
 
 
-def _kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Return a pattern of the names that stay in float32 although the model is in `dtype`."""
-    globs: set[str] = set()
-    for module in model.modules():
-        if dtype is torch.float16:
-            globs |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
-        if dtype in {torch.float16, torch.bfloat16}:
-            globs |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    patterns = [f"({glob.replace('*', '.*')})" for glob in sorted(globs)]
-    return re.compile("|".join(patterns)) if patterns else None
-
-
 def _fill(
     slots: Mapping[str, _Slot],
     chosen: Mapping[str, Value],
     placement: Placement,
     kept_in_fp32: re.Pattern[str] | None,
 ) -> None:
-    fillings = []
+    fillings, decodings = [], []
     for name, value in chosen.items():
         target = _empty(name, slots[name], placement.device, kept_in_fp32)
         slots[name].renew(target, loaded=True)
         if isinstance(value, StoredTensor):
             fillings.append(Filling(value, target))
+        elif isinstance(value, Group):
+            decodings.append(Decoding(value, target))
         else:
             target.copy_(value.detach())
     fill.fill(fillings, stamps=placement.stamps, num_threads=_READ_THREADS)
+    fill_decoded.fill(decodings, stamps=placement.stamps)
 
 
 def _empty(

@@ -8,7 +8,8 @@ folder without weights of this variant, configuration goes first, then shard aft
 last: until then it does not load. Into one that holds an earlier save, all new weights are written
 under temporary names while the earlier ones still load; then those are removed, configuration and
 weights get their names, the index last. A crash leaves the earlier save, the new one, or a folder
-that does not load: never a mixture. Other variants, and files that are not of a save, stay.
+that does not load: never a mixture. Other variants, and files that are not of a save, stay, but for
+those that describe the quantization of the weights that a dequantized model replaces.
 
 Done better than the original: names that share memory are left out only where a reload restores
 them (`shared_tensors`); no stale shard, index or single file stays; files are synced, and their
@@ -47,6 +48,7 @@ from ckptd.models.saving import (
 )
 from ckptd.models.saving.weight_plan import WeightPlan
 from ckptd.plan import shards
+from ckptd.quant import configuration
 
 _log = logging.getLogger(__name__)
 
@@ -181,6 +183,8 @@ def _save(
     writer.make_folder(folder)
     _remove_leftovers(folder, stem=stem, variant=variant)
     _Folder(folder, plan, side, stem=stem, variant=variant).write()
+    if not has_adapter and getattr(model, "dequantized_from", None) is not None:
+        _remove_descriptions(folder)
 
 
 def _describe(model: Any) -> None:
@@ -250,6 +254,12 @@ def _remove_leftovers(folder: Path, *, stem: str, variant: str | None) -> None:
         name = path.name.removeprefix(writer.TEMPORARY_PREFIX)
         if shards.is_weight_name(name, stem=stem, variant=variant):
             path.unlink(missing_ok=True)
+
+
+def _remove_descriptions(folder: Path) -> None:
+    """Remove files that call the weights quantized, where a plain model took their place."""
+    for name in configuration.SIDE_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 class _Folder:

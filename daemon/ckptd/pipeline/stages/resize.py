@@ -19,7 +19,7 @@ from ckptd.pipeline import tokenizer
 from ckptd.pipeline.stage import Stage, StageContext, StageOptions
 from ckptd.plan import expression
 from ckptd.plan.draft import Draft, StageReport
-from ckptd.plan.expression import Expression, Grown, NewRows
+from ckptd.plan.nodes import Expression, Grown, NewRows
 
 _DEFAULT_STD = 0.02
 

@@ -1,0 +1,92 @@
+"""From a group of quantized tensors to the expression that is its weight.
+
+One way for the pipeline's stage and for models that are loaded. Arithmetic in float32 rounds once,
+to the dtype that is asked for; the library's arithmetic gives the library's own dtype, and a cast
+follows where another one is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ckptd.checkpoint import dtypes
+from ckptd.checkpoint.dtypes import Dtype
+from ckptd.plan import expression
+from ckptd.plan.nodes import Decode, Expression
+from ckptd.quant import configuration
+from ckptd.quant.formula import Arith, Formula
+from ckptd.quant.group import Found, Group
+
+_ONE_ROUNDING = frozenset({Dtype.BF16, Dtype.F16, Dtype.F32})
+"""What float32 arithmetic is rounded to at once; float64 is a cast of float32."""
+
+
+def weight(group: Group, *, dtype: Dtype, arith: Arith) -> Expression:
+    """Return the weight that `group` is, of its shape and in `dtype`."""
+    made = dtype if arith is Arith.FLOAT32 and dtype in _ONE_ROUNDING else Dtype.F32
+    made = group.dtype if arith is Arith.LIBRARY else made
+    parts = []
+    for formula in group.formulas:
+        asked = dataclasses.replace(formula, dtype=made, arith=arith)
+        parts.append(_decoded(asked, group.shape, len(group.formulas)))
+    return expression.cast(expression.concat(parts), dtype)
+
+
+def default_dtype(config: Mapping[str, Any], found: Found) -> Dtype:
+    """Return the dtype that config.json loads the model in, else the one most weights have."""
+    try:
+        dtype = dtypes.from_torch_name(configuration.compute_dtype(config) or "")
+    except ValueError:
+        return most_common_dtype(found)
+    return dtype if dtype.is_plain_float else most_common_dtype(found)
+
+
+def most_common_dtype(found: Found) -> Dtype:
+    """Return the library's dtype of most weights; bfloat16 where there are none."""
+    counted = Counter(group.dtype for group in found.groups)
+    return counted.most_common(1)[0][0] if counted else Dtype.BF16
+
+
+def arranged(
+    names: Iterable[str], found: Found, *, taken: Sequence[Group], kept: Sequence[Group] = ()
+) -> Iterator[tuple[str, str, Group | None]]:
+    """Yield what stands in the place of the stored tensors `names` once `taken` are decoded.
+
+    Each is (stored name, plain name, the group that is decoded, if any), in the order of `names`; a
+    weight stands where its first tensor stood, and a tensor of experts may be many weights. What
+    only quantized inference needs goes, but for the modules of the groups that are `kept`. A plain
+    name may come twice: refusing is the caller's.
+    """
+    makes: dict[str, list[Group]] = {}
+    for group in taken:
+        for name in group.consumed:
+            makes.setdefault(name, []).append(group)
+    still = {name for group in kept for name in group.consumed}
+    modules = {_module(name) for name in still}
+    gone = {n for n in found.dropped if n not in still and _module(n) not in modules}
+    renamed = dict(found.renamed)
+    made: set[str] = set()
+    for name in names:
+        if name not in makes and name not in gone:
+            yield name, renamed.get(name, name), None
+        for group in makes.get(name, ()):
+            if name not in gone and group.name not in made:
+                made.add(group.name)
+                yield name, group.name, group
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _decoded(formula: Formula, shape: tuple[int, ...], count: int) -> Decode:
+    """Return all rows of `formula`: the whole of `shape`, one expert of it, or some of its rows."""
+    if count > 1 and math.prod(shape[2:]) == formula.columns and shape[1:2] == (formula.rows,):
+        return Decode(formula, (1, *shape[1:]), axis=1)
+    if count == 1 and shape[0] != formula.rows:
+        return Decode(formula, shape, axis=1)
+    return Decode(formula, (formula.rows, *shape[1:]), axis=0)

@@ -1,0 +1,205 @@
+"""What a tensor of the output is, said in terms of bytes of the source: the values.
+
+An expression is a small frozen value with a known dtype and shape. `plan.expression` builds and
+divides them, `plan.evaluate` computes their values; here nothing is read.
+
+Rows are the entries along the first axis whose length is not 1 before the data (axis 0, or axis 1
+of a `[1, V]` bias): the axes before it have length 1, so rows are contiguous bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.header import Extent
+from ckptd.quant.formula import Formula
+from ckptd.quant.parts import Window
+
+
+class NewRows(enum.StrEnum):
+    """How rows that have no source are made."""
+
+    MEAN = "mean"
+    """Around the mean of the source rows, with their covariance scaled by 1e-9."""
+    NORMAL = "normal"
+    """Independent normal values of mean 0 and a given standard deviation."""
+    BIAS_MEAN = "bias mean"
+    """For vectors: the mean of the source, with 1e-9 of its standard deviation."""
+    ZERO = "zero"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The bytes of an extent, as they are."""
+
+    extent: Extent
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The source's values in another dtype, each rounded once."""
+
+    source: Expression
+    dtype: Dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's shape."""
+        return self.source.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """Parts of equal dtype, one after the other along `axis`."""
+
+    parts: tuple[Expression, ...]
+    axis: int
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of every part."""
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The first part's shape with the lengths along `axis` added up."""
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """Rows that the source does not have, made from its statistics and a seed.
+
+    `shape` and `axis` are those of the new rows alone, the first of which is number `first` of
+    all that are made (values depend on the row's number, not on how rows are grouped); `std` is
+    used by `NewRows.NORMAL`; `source` is what the statistics are taken over.
+    """
+
+    source: Expression
+    shape: tuple[int, ...]
+    axis: int
+    first: int
+    method: NewRows
+    std: float
+    seed: int
+
+    @property
+    def dtype(self) -> Dtype:
+        """The source's dtype."""
+        return self.source.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Rows of a quantized weight: `shape[axis]` of its formula's rows, from number `first` on.
+
+    The axes of `shape` before `axis` have length 1, those after it are the formula's columns.
+    """
+
+    formula: Formula
+    shape: tuple[int, ...]
+    axis: int
+    first: int = 0
+
+    @property
+    def dtype(self) -> Dtype:
+        """The formula's dtype."""
+        return self.formula.dtype
+
+    @property
+    def span(self) -> range:
+        """The formula's rows to compute for these: whole granules around them."""
+        granule, stop = self.formula.granule, self.first + self.shape[self.axis]
+        begin = self.first - self.first % granule
+        return range(begin, min(-(-stop // granule) * granule, self.formula.rows))
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """What the formula needs in memory for `span`."""
+        return self.formula.windows(self.span)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The elements of a flat `source`, in order, as a tensor of `shape`."""
+
+    source: Expression
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Dtype:
+        """The source's dtype."""
+        return self.source.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A part of a tensor that was divided along several axes, and where its first element goes."""
+
+    source: Expression
+    at: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tensor of `shape` put together from boxes that cover it without overlap."""
+
+    parts: tuple[Tile, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Dtype:
+        """The dtype of every part."""
+        return self.parts[0].source.dtype
+
+    @property
+    def axis(self) -> int:
+        """The axis of its rows."""
+        return row_axis(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """`base + scale * up @ down` in float32, rounded once to `dtype`: a merged LoRA adapter.
+
+    `base` is a matrix, with any axes of length 1 before it; one of more axes counts as its first
+    axis times the others. `down` is `(rank, columns)`, `up` `(rows, rank)`. With `magnitude`, of
+    `(rows,)`, each row of the sum is scaled to that length (DoRA).
+    """
+
+    base: Expression
+    down: Expression
+    up: Expression
+    scale: float
+    dtype: Dtype
+    magnitude: Expression | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's shape."""
+        return self.base.shape
+
+    @property
+    def axis(self) -> int:
+        """The axis of its rows."""
+        return row_axis(self.shape)
+
+
+Expression = Load | Cast | Concat | Grown | Decode | View | Tiles | LowRank
+
+ByRows = Grown | Decode | Tiles | LowRank
+"""What is made row by row, not element by element."""
+
+Reading = Extent | Window
+"""Bytes of a file that a value needs: a range, or equal ranges at a fixed distance."""
+
+
+def row_axis(shape: tuple[int, ...]) -> int:
+    """The first axis that is not of length 1, or the last."""
+    return next((axis for axis, length in enumerate(shape) if length != 1), max(0, len(shape) - 1))

@@ -1,0 +1,1 @@
+"""How one weight is computed from parts of files: frozen values, one file a formula, no torch."""
