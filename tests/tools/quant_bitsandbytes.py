@@ -35,7 +35,7 @@ NESTED = {
     "bnb_4bit_use_double_quant": True,
 }
 LLAMA = transformers.LlamaConfig(
-    hidden_size=80,
+    hidden_size=64,
     intermediate_size=86,
     num_hidden_layers=1,
     num_attention_heads=2,

@@ -102,9 +102,7 @@ def quantized(case: Case, generator: torch.Generator) -> tuple[dict[str, torch.T
     if str(args.strategy) == "tensor_group":
         largest = weight.abs().max().to(torch.float32).clamp(min=1e-6)
         state["weight_global_scale"] = (448.0 * 6.0 / largest).reshape(1)
-    scale, zero = calculate_qparams(
-        low, high, args, global_scale=state.get("weight_global_scale")
-    )
+    scale, zero = calculate_qparams(low, high, args, global_scale=state.get("weight_global_scale"))
     if case.layout.startswith("mx"):
         scale = 2.0 ** torch.floor(torch.log2(scale.float()))
     state["weight_scale"] = scale.to(DTYPES[case.dtype])
@@ -305,17 +303,16 @@ def experts() -> list[Case]:
 
 def old() -> list[Case]:
     """Codes that straddle no word, and columns reordered by activation."""
-    cases = []
-    for bits in (3, 4, 5, 6, 7):
-        for symmetric in (True, False):
-            cases.append(
-                Case(
-                    module=f"model.{bits}.{'even' if symmetric else 'uneven'}",
-                    shape=(37, 96),
-                    layout="pack-quantized",
-                    weights=integers(bits, "group", group_size=32, symmetric=symmetric),
-                )
-            )
+    cases = [
+        Case(
+            module=f"model.{bits}.{'even' if symmetric else 'uneven'}",
+            shape=(37, 96),
+            layout="pack-quantized",
+            weights=integers(bits, "group", group_size=32, symmetric=symmetric),
+        )
+        for bits in (3, 4, 5, 6, 7)
+        for symmetric in (True, False)
+    ]
     reordered = integers(4, "group", group_size=32, symmetric=False, actorder="group")
     cases.append(
         Case(
@@ -399,7 +396,9 @@ def main() -> None:
                 print(case.module, case.shape, case.layout, case.weights, repr(error)[:100])
                 continue
             cases.append(case)
-        print(f"{len(cases)} weights of {math.fsum(math.prod(c.shape) for c in cases):.0f} elements")
+        print(
+            f"{len(cases)} weights of {math.fsum(math.prod(c.shape) for c in cases):.0f} elements"
+        )
         write(options.folder, cases)
     elif IS_OLD:
         write(options.folder / "ct_old", old(), key="compression_config")

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-KEPT = {"gate_up_proj": (2, 88, 4), "down_proj": (2, 128, 3)}
+KEPT = {"gate_up_proj": (2, 128, 3), "down_proj": (2, 96, 2)}
 """Experts, rows of codes and groups of each kind of weight."""
 
 
@@ -29,8 +29,8 @@ def main() -> None:
     """Write both folders under the second folder named."""
     source, root = Path(sys.argv[1]), Path(sys.argv[2])
     whole = load_file(source / "model.safetensors")
-    tensors: dict[str, torch.Tensor] = {"model.norm.weight": whole["model.norm.weight"][:128]}
-    original: dict[str, torch.Tensor] = {"norm.scale": whole["model.norm.weight"][:128]}
+    tensors: dict[str, torch.Tensor] = {"model.norm.weight": whole["model.norm.weight"][:96]}
+    original: dict[str, torch.Tensor] = {"norm.scale": whole["model.norm.weight"][:96]}
     values, plain = {}, {}
     for place, (name, (experts, rows, groups)) in enumerate(KEPT.items(), start=1):
         prefix, former = f"model.layers.0.mlp.experts.{name}", f"block.0.mlp.mlp{place}"
@@ -44,7 +44,7 @@ def main() -> None:
         values[prefix] = value
         plain[f"{former}_weight"] = value.transpose(1, 2).contiguous()
     config = json.loads((source / "config.json").read_text())
-    config |= {"hidden_size": 128, "intermediate_size": 96, "num_local_experts": 2}
+    config |= {"hidden_size": 96, "intermediate_size": 64, "num_local_experts": 2}
     write(root / "mxfp4_gptoss", config, tensors, values)
     write(root / "mxfp4_original", {"num_hidden_layers": 1, "num_experts": 2}, original, plain)
 

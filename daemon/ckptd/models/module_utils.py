@@ -120,8 +120,8 @@ class ModuleUtilsMixin(_Module):
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes of all parameters and, by default, all buffers.
 
-        Shared tensors count once, buffers that are not saved count too; a quantized tensor counts
-        as it is packed.
+        Shared tensors count once, buffers that are not saved count too. A model of quantized files
+        counts as it is held: plain.
         """
         total = sum(p.nelement() * p.element_size() for p in self.parameters())
         if return_buffers:

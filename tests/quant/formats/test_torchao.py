@@ -147,6 +147,15 @@ def test_no_rows(tmp_path: Path, case: str, name: str) -> None:
     assert decoding.decoded(tmp_path)[name].shape[0] == 0
 
 
+def test_no_experts_are_refused(tmp_path: Path) -> None:
+    """A stack without a single expert is refused by name."""
+    tensors, index, config = _read("torchao_float8", "experts.")
+    del index["experts.down_proj"]
+    _write(tmp_path, {name: one[:0] for name, one in tensors.items()}, index, config)
+    with pytest.raises(CheckpointUnsupported, match=r"experts\.gate_up_proj"):
+        decoding.find(tmp_path)
+
+
 def _changed(
     field: str, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[Tensors, Index], None]:

@@ -132,6 +132,7 @@ def _is_quantized(tensors: Tensors) -> bool:
 
 def _group(stored: Stored, tensors: Tensors, config_groups: tuple[ConfigGroup, ...]) -> Group:
     """Return a weight by its scheme, or by the only one of all schemes that its tensors fit."""
+    tensors.required("scale")
     module = tensors.name.removesuffix(".weight")
     schemes = compressed_tensors_schemes.of_module(config_groups, module)
     if not schemes:
@@ -175,15 +176,15 @@ def _unused(stored: Stored, tensors: Tensors) -> list[str]:
 
 def _of_inference(stored: Stored) -> list[str]:
     """Return what quantized activations and caches need: small tensors beside weights."""
-    found = []
-    for name, tensor in stored.tensors.items():
-        weight = name.rpartition(".")[0] + ".weight"
-        of_linear = weight in stored.tensors or f"{weight}_packed" in stored.tensors
-        if name.endswith(_ACTIVATIONS) and (of_linear or _is_of_cache(tensor)):
-            found.append(name)
-        elif name.endswith(_CACHES) and _is_of_cache(tensor):
-            found.append(name)
-    return found
+    return [name for name, tensor in stored.tensors.items() if _serves(stored, name, tensor)]
+
+
+def _serves(stored: Stored, name: str, tensor: StoredTensor) -> bool:
+    if not name.endswith((*_ACTIVATIONS, *_CACHES)):
+        return False
+    weight = name.rpartition(".")[0] + ".weight"
+    of_linear = weight in stored.tensors or f"{weight}_packed" in stored.tensors
+    return _is_of_cache(tensor) or (of_linear and name.endswith(_ACTIVATIONS))
 
 
 def _is_of_cache(tensor: StoredTensor) -> bool:

@@ -189,9 +189,7 @@ def grid_of(tensors: Tensors, scheme: Scheme, shape: tuple[int, ...]) -> Grid:
     )
 
 
-def _rowwise(
-    shape: tuple[int, ...], scale: tuple[int, ...]
-) -> tuple[tuple[int, ...], int, int]:
+def _rowwise(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
     """Return outer axes, rows and columns of a weight with one scale, or one a row.
 
     A convolution has a scale for each place of its first axis, experts one for each row of each.

@@ -163,25 +163,14 @@ def _small_floats(tensors: Tensors, scheme: Scheme) -> _Made:
     shape = (*outer, width * 8 // bits)
     grid = grid_of(tensors, scheme, shape)
     exponents = scale.spec.dtype in _EXPONENTS
-    if bits == 6 and not exponents:
-        unsupported(scale, "FP6 with scales that are not exponents", "U8")
     of_all = _global_scales(tensors, scheme, grid, exponents=exponents)
     matrices = grid.matrices(codes, as_bytes=True)
     scales = grid.split(scale, as_dtype=Dtype.F8_E8M0 if exponents else None)
     if bits == 6:
-        formulas: tuple[Formula, ...] = tuple(
-            Packed(
-                codes=code,
-                scale=one,
-                bits=bits,
-                columns=grid.columns,
-                group=grid.group,
-                values=Values.E2M3,
-                dtype=Dtype.BF16,
-            )
-            for code, one in zip(matrices, scales, strict=True)
-        )
-        return shape, formulas, f"MXFP6, {grid.text}"
+        if not exponents:
+            unsupported(scale, "FP6 with scales that are not exponents", "U8")
+        made = tuple(_fp6(grid, code, one) for code, one in zip(matrices, scales, strict=True))
+        return shape, made, f"MXFP6, {grid.text}"
     formulas = tuple(
         Fp4(
             codes=code,
@@ -194,6 +183,18 @@ def _small_floats(tensors: Tensors, scheme: Scheme) -> _Made:
         for code, one, whole in zip(matrices, scales, of_all, strict=True)
     )
     return shape, formulas, f"{'MXFP4' if exponents else 'NVFP4'}, {grid.text}"
+
+
+def _fp6(grid: Grid, codes: Part, scale: Part) -> Formula:
+    return Packed(
+        codes=codes,
+        scale=scale,
+        bits=6,
+        columns=grid.columns,
+        group=grid.group,
+        values=Values.E2M3,
+        dtype=Dtype.BF16,
+    )
 
 
 def _check_float(tensors: Tensors) -> None:

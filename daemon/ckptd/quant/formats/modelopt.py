@@ -149,7 +149,7 @@ def _nvfp4(stored: Stored, weight: narrow.Weight, dtype: Dtype) -> Group:
     sizes = (*_declared_group(stored, weight.name), *_NV_GROUPS)
     for size in sizes:
         if narrow.is_fp4(weight.codes, weight.scale, size):
-            return narrow.fp4(weight, dtype=dtype, group_size=size)
+            return narrow.fp4(weight, dtype=dtype, group_size=size, signed_zero=False)
     shape = weight.codes.spec.shape
     if len(shape) == 3:
         rows = shape[1] * 2

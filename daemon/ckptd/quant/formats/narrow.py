@@ -98,7 +98,9 @@ def is_fp4(codes: StoredTensor, scale: StoredTensor, group_size: int) -> bool:
     return math.prod(scale.spec.shape) == math.prod(grid) and scale.spec.shape[-1:] == grid[-1:]
 
 
-def fp4(weight: Weight, *, dtype: Dtype, group_size: int = _MX_GROUP) -> Group:
+def fp4(
+    weight: Weight, *, dtype: Dtype, group_size: int = _MX_GROUP, signed_zero: bool = True
+) -> Group:
     """Return a weight of packed E2M1 codes: with exponents (MX), or float8 and a global scale (NV).
 
     Raises:
@@ -122,6 +124,7 @@ def fp4(weight: Weight, *, dtype: Dtype, group_size: int = _MX_GROUP) -> Group:
             global_scale=one[place],
             pre_scale=pre_scale,
             group=group_size,
+            signed_zero=signed_zero,
             dtype=dtype,
         )
         for place, (code, part) in enumerate(

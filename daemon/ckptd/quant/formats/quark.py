@@ -37,6 +37,7 @@ _DROPPED = (
 """Scales of activations and caches."""
 _INTEGERS = {"int4": True, "uint4": False}
 """Whether codes of 4 bits are signed."""
+_ZEROS = frozenset({Dtype.I8, Dtype.U8, Dtype.I32})
 _ORDERS = {"reorder": True, "order": False}
 """Whether the even ones of eight outputs come first."""
 
@@ -86,8 +87,8 @@ class Quark:
 
         Raises:
             CheckpointCorrupt: codes without scales, scales without codes, or shapes that do not fit.
-            CheckpointUnsupported: rotated weights, other widths than 4 and 8 bits, integers of 8
-                bits in groups.
+            CheckpointUnsupported: rotated weights, other widths than 4 and 8 bits, or a config
+                that does not say how integers are packed.
         """
         _refuse_rotation(stored)
         dtype = narrow.compute_dtype(stored)
@@ -140,40 +141,58 @@ def _group(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
         raise weight.unsupported("is of a kind that is not decoded", "MXFP4, FP8, int8 or int4")
     if weight.zero is None and kind in narrow.FLOAT8:
         return narrow.eight_bit(weight.plain, dtype=dtype)
-    return _eight_bit(weight, dtype)
+    return _eight_bit(stored, weight, dtype)
 
 
-def _eight_bit(weight: _Weight, dtype: Dtype) -> Group:
-    """Return a weight of integers with a scale and a zero a row, or one of each."""
+def _eight_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
+    """Return a weight of integers: one scale, one a row, or groups, which lie transposed."""
     shape, scale = weight.codes.spec.shape, weight.scale.spec
-    if len(scale.shape) > 1 or len(shape) != 2 or scale.numel not in (1, shape[0]):
-        raise weight.unsupported("is of 8-bit integers in groups", "a scale a row, or one")
-    rows, columns = shape
+    if len(shape) != 2 or 0 in shape or len(scale.shape) > 2:
+        raise weight.unsupported("is of 8-bit integers, but no matrix", "[rows, columns]")
     if scale.dtype not in narrow.FLOATS:
         raise narrow.wrong(weight.scale, "floats")
-    block = (max(1, rows if scale.numel == 1 else 1), max(1, columns))
-    zero = None
+    transposed = len(scale.shape) == 2
+    if transposed:
+        size = _group_size(stored, weight)
+        grid, block, grouping = scale.shape, (size, 1), f"groups of {size}"
+        if grid != (ceil_div(shape[0], size), shape[1]):
+            raise narrow.wrong(weight.scale, f"{[ceil_div(shape[0], size), shape[1]]}")
+    elif scale.numel == 1:
+        grid, block, grouping = (1, 1), shape, "one scale"
+    else:
+        grid, block, grouping = (shape[0], 1), (1, shape[1]), "a scale a row"
+        if scale.numel != shape[0]:
+            raise narrow.wrong(weight.scale, f"[{shape[0]}], one a row")
     consumed = [weight.name, scale.name]
+    zero = None
     if weight.zero is not None:
         spec = weight.zero.spec
-        if spec.dtype not in (Dtype.I8, Dtype.U8, Dtype.I32) or spec.numel != scale.numel:
+        if spec.dtype not in _ZEROS or spec.numel != scale.numel:
             raise narrow.wrong(weight.zero, f"{scale.numel} integers")
-        zero = parts.part(weight.zero, rows=scale.numel, columns=1)
+        zero = parts.part(weight.zero, rows=grid[0], columns=grid[1])
         consumed.append(spec.name)
     formula = Scaled(
-        codes=parts.part(weight.codes, rows=rows, columns=columns),
-        scale=parts.part(weight.scale, rows=scale.numel, columns=1, is_scale=True),
+        codes=parts.part(weight.codes),
+        scale=parts.part(weight.scale, rows=grid[0], columns=grid[1], is_scale=True),
         zero=zero,
         block=block,
+        transposed=transposed,
         dtype=dtype,
     )
     return Group(
         name=weight.name,
-        shape=shape,
+        shape=shape[::-1] if transposed else shape,
         formulas=(formula,),
         consumed=tuple(consumed),
-        scheme=f"8-bit int, {'one scale' if scale.numel == 1 else 'a scale a row'}",
+        scheme=f"8-bit int, {grouping}",
     )
+
+
+def _group_size(stored: Stored, weight: _Weight) -> int:
+    size = _weight_spec(stored.quantization, weight.name.removesuffix(".weight")).get("group_size")
+    if type(size) is not int or not 0 < size < 1 << 31:
+        raise weight.unsupported("has no group size in config.json", "a positive group_size")
+    return size
 
 
 def _four_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
@@ -185,9 +204,9 @@ def _four_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
     export = stored.quantization.get("export")
     method = export.get("pack_method") if isinstance(export, Mapping) else "reorder"
     interleaved = _choice(weight, method, _ORDERS, "reorder or order")
-    size = spec.get("group_size")
-    if type(size) is not int or not 0 < size < 1 << 31 or len(weight.codes.spec.shape) != 2:
-        raise weight.unsupported("has no group size in config.json", "a positive group_size")
+    size = _group_size(stored, weight)
+    if len(weight.codes.spec.shape) != 2:
+        raise narrow.wrong(weight.codes, "a matrix of words")
     inputs, words = weight.codes.spec.shape
     outputs = weight.scale.spec.shape[-1] if weight.scale.spec.shape else 0
     groups = ceil_div(inputs, size)

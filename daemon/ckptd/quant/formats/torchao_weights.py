@@ -29,7 +29,15 @@ _ACTIVATIONS = ("act_quant_scale", "act_quant_zero_point", "act_per_tensor_scale
 def group(
     entry: Entry, formulas: tuple[Formula, ...], shape: tuple[int, ...], scheme: str
 ) -> Group:
-    """Return the weight of an entry, which consumes all inner tensors but those of activations."""
+    """Return the weight of an entry, which consumes all inner tensors but those of activations.
+
+    Raises:
+        CheckpointUnsupported: there are no experts in a stack of them.
+    """
+    if not formulas:
+        entry.unsupported(
+            "a stack without a matrix", expected="one or more", found=f"{list(shape)}"
+        )
     return Group(
         name=entry.name,
         shape=shape,

@@ -22,7 +22,9 @@ class Fp4:
     `codes` is `U8` of (rows, columns / 2); `scale` is (rows, ceil(columns / group)) of `F8_E8M0`
     (a power of two), `F8_E4M3` or a wider float; `global_scale` is 1 x 1, and divided by
     `global_divisor` before its use. With `transposed` the result is the codes' matrix transposed:
-    its rows are their columns.
+    its rows are their columns. `pre_scale`, 1 x columns, is what activations were multiplied by
+    instead of the weight (never `transposed`). Without `signed_zero` the code of -0 is 0, as
+    ModelOpt's own table has it.
     """
 
     codes: Part
@@ -33,6 +35,7 @@ class Fp4:
     divides: bool = False
     global_divisor: float = 1.0
     transposed: bool = False
+    signed_zero: bool = True
     dtype: Dtype
     arith: Arith = Arith.FLOAT32
 

@@ -29,7 +29,8 @@ class Paired:
     """Pairs of rows with scales on a grid.
 
     `codes` is `U8` of (rows / 2, columns); `scale` has a grid of `block` (rows, columns), a block of
-    more than one row an even number of them. `global_scale` is 1 x 1, `pre_scale` 1 x columns.
+    more than one row an even number of them. `global_scale` is 1 x 1, `pre_scale` 1 x columns. The
+    E2M1 code of -0 is 0, as in ModelOpt's own table.
     """
 
     codes: Part

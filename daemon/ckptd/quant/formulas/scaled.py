@@ -22,7 +22,8 @@ class Scaled:
     one a column, (rows, columns) one for all. `scale` and `zero` are parts of exactly the grid's
     rows and columns. `scale_via` is what the library rounds scales to before it multiplies; where
     `rounds_difference`, it rounds zeros and what is left of codes to the dtype of the result. With
-    `transposed` the result is all that transposed: its rows are the codes' columns.
+    `transposed` the result is all that transposed: its rows are the codes' columns. `pre_scale`,
+    1 x columns, is what activations were multiplied by instead of the weight.
     """
 
     codes: Part
@@ -57,11 +58,15 @@ class Scaled:
         return self.block[1] if self.transposed else self.block[0]
 
     def windows(self, rows: range) -> tuple[Window, ...]:
-        """Return codes, scales and, where there are any, zeros of `rows`."""
+        """Return codes, scales and, where there are any, zeros and the scale of columns."""
         grid = range(rows.start // self._block_rows, ceil_div(rows.stop, self._block_rows))
         held = [(self.codes, rows), (self.scale, grid)]
         if self.zero is not None:
             held.append((self.zero, grid))
         if self.transposed:
-            return tuple(part.window(columns=wanted) for part, wanted in held)
-        return tuple(part.window(wanted) for part, wanted in held)
+            windows = [part.window(columns=wanted) for part, wanted in held]
+        else:
+            windows = [part.window(wanted) for part, wanted in held]
+        if self.pre_scale is not None:
+            windows.append(self.pre_scale.window())
+        return tuple(windows)

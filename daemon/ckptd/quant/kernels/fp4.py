@@ -32,7 +32,7 @@ def decode_fp4(
     scales_of = _scaling(formula, scale, None if formula.global_scale is None else tensors[2])
     pre_scale = None if formula.pre_scale is None else float8.values(tensors[-1])
     if formula.transposed:
-        _decode_transposed(formula.group, codes, scale, scales_of, out)
+        _decode_transposed(formula, codes, scale, scales_of, out)
         return
     room: torch.Tensor | None = None
     for piece, x in wide.pieces(out):
@@ -40,6 +40,8 @@ def decode_fp4(
             room = x.new_empty((len(x), codes.shape[1]), dtype=torch.int32)
         halves = room[: len(x)].copy_(codes[piece]).mul_(_SPREAD).view(torch.int16)
         widen(halves, x)
+        if not formula.signed_zero:
+            x.add_(0.0)
         scales, rest = scales_of(scale[piece])
         if rest != 1.0:
             x.mul_(rest)
@@ -49,14 +51,14 @@ def decode_fp4(
 
 
 def _decode_transposed(
-    group: int,
+    formula: Fp4,
     codes: torch.Tensor,
     scale: torch.Tensor,
     scales_of: Callable[[torch.Tensor], tuple[torch.Tensor, float]],
     out: torch.Tensor,
 ) -> None:
     """Transpose the packed words, four nibbles or two each, and take them apart in their rows."""
-    words, nibbles = codes, 2
+    group, words, nibbles = formula.group, codes, 2
     if codes.shape[1] % 2 == 0:
         words, nibbles = codes.view(torch.int16), 4
     step = max(1, _HELD // max(1, len(codes)) * nibbles // group) * group
@@ -75,6 +77,8 @@ def _decode_transposed(
             for place in range(nibbles):
                 torch.bitwise_left_shift(here, 12 - 4 * place, out=halves[place::nibbles])
             widen(halves, x)
+            if not formula.signed_zero:
+                x.add_(0.0)
             if rest != 1.0:
                 x.mul_(rest)
             _scale_rows(x, scales[piece.start // group :], group)

@@ -51,22 +51,18 @@ UNPACK: dict[str, Unpack] = {
     "IQ1_M": gguf_iq.iq1_m,
 }
 
-_HALVES: dict[str, tuple[int, ...]] = {
+_HALVES: dict[str, tuple[int, int]] = {
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
+    "Q2_K": (80, 2),
+    "Q3_K": (108, 1),
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
-    "Q6_K": (208,),
-    "TQ1_0": (52,),
-    "TQ2_0": (64,),
-    "MXFP4": (),
-    "NVFP4": (),
-    "Q8_K": (),
-    "IQ1_M": (),
+    "Q6_K": (208, 1),
+    "TQ1_0": (52, 1),
+    "TQ2_0": (64, 1),
 }
-"""Where in a block float16 scales lie, if not only at its beginning."""
+"""From which byte of a block on float16 scales lie and how many, if not one at its beginning."""
 
 
 def decode_gguf(
@@ -120,8 +116,11 @@ def _values(formula: Gguf, raw: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def _require_finite(formula: Gguf, blocks: torch.Tensor) -> None:
-    bad = _not_finite(formula.encoding, blocks)
-    if bad is None or not bool(bad.any()):
+    scales = _scales(formula.encoding, blocks)
+    if scales is None or bool(torch.isfinite(scales.sum(dtype=torch.float32))):
+        return  # no sum of so many float16 is too large for float32
+    bad = ~torch.isfinite(scales).all(dim=1)
+    if not bool(bad.any()):
         return
     raise CheckpointCorrupt(
         "a scale is infinite or not a number",
@@ -133,18 +132,15 @@ def _require_finite(formula: Gguf, blocks: torch.Tensor) -> None:
     )
 
 
-def _not_finite(encoding: str, blocks: torch.Tensor) -> torch.Tensor | None:
-    """Return which blocks have such a scale: an exponent of all ones, whatever the mantissa."""
+def _scales(encoding: str, blocks: torch.Tensor) -> torch.Tensor | None:
+    """Return what must be finite in each block, `(number, any)`; None where everything is."""
     if encoding == "NVFP4":
         return None  # its bytes have no infinity, and their NaN counts as zero
     if encoding == "MXFP4":
-        return blocks[:, 0] == 255
+        return torch.where(blocks[:, :1] == 255, torch.nan, 0.0)
     if encoding == "IQ1_M":
-        return ~torch.isfinite(gguf_iq.iq1_m_scale(blocks)[:, 0])
+        return gguf_iq.iq1_m_scale(blocks)
     if encoding == "Q8_K":
-        return ~torch.isfinite(typed(blocks[:, :4], torch.float32)[:, 0])
-    bad = None
-    for at in _HALVES.get(encoding, (0,)):
-        here = (blocks[:, at + 1] & 0x7C) == 0x7C
-        bad = here if bad is None else bad | here
-    return bad
+        return typed(blocks[:, :4], torch.float32)
+    at, count = _HALVES.get(encoding, (0, 1))
+    return typed(blocks, torch.float16)[:, at // 2 : at // 2 + count]

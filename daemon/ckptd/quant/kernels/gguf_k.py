@@ -43,17 +43,17 @@ def q3_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 def q4_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
     """4 bits; a scale and a minimum of 6 bits for each 32 elements."""
-    scales, minima = six_bit_pairs(blocks[:, 4:16])
+    scales, minima = six_bit_pairs(blocks[:, 4:16], half(blocks, 0, count=2))
     codes = fields(packed(blocks[:, 16:]), bits=4, width=32)
-    scaled(x, bytes_of(codes), scales.mul_(half(blocks, 0)), minima.mul_(half(blocks, 2)))
+    scaled(x, bytes_of(codes), scales, minima)
 
 
 def q5_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
     """As Q4_K, with the fifth bits in 32 bytes: bit j of each for sub-block j."""
-    scales, minima = six_bit_pairs(blocks[:, 4:16])
+    scales, minima = six_bit_pairs(blocks[:, 4:16], half(blocks, 0, count=2))
     low = fields(packed(blocks[:, 48:]), bits=4, width=32)
     codes = bytes_of(merged(low, fields(packed(blocks[:, 16:48]), bits=1, width=32), at=4))
-    scaled(x, codes, scales.mul_(half(blocks, 0)), minima.mul_(half(blocks, 2)))
+    scaled(x, codes, scales, minima)
 
 
 def q6_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
@@ -66,12 +66,14 @@ def q6_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 def tq1_0(blocks: torch.Tensor, x: torch.Tensor) -> None:
     """-1, 0 or 1, five of them in a byte as a fraction in base three, the last 16 bytes of fours."""
+    last = _trits(blocks[:, 48:52].contiguous(), count=4).transpose(0, 1)
     parts = (
-        _trits(blocks[:, :32], count=5),
-        _trits(blocks[:, 32:48], count=5),
-        _trits(blocks[:, 48:52], count=4),
+        _trits(packed(blocks[:, :32]).view(torch.uint8), count=5),
+        _trits(packed(blocks[:, 32:48]).view(torch.uint8), count=5),
+        packed(last.reshape(len(blocks), -1)).view(torch.uint8).unsqueeze(0),
     )
-    scaled(x, torch.cat(parts, dim=1).sub_(1).view(torch.int8), half(blocks, 52))
+    words = torch.cat([part.flatten(0, 1) for part in parts]).view(torch.int64)
+    scaled(x, bytes_of(words).sub_(1).view(torch.int8), half(blocks, 52))
 
 
 def tq2_0(blocks: torch.Tensor, x: torch.Tensor) -> None:
@@ -81,8 +83,10 @@ def tq2_0(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def _trits(raw: torch.Tensor, *, count: int) -> torch.Tensor:
-    """Return the digits: the byte times 3 ** k, cut to 8 bits, is the fraction from digit k on."""
+    """Return the digits of bytes `(rows, columns)` as `(count, rows, columns)`.
+
+    The byte times 3 ** k, cut to 8 bits, is the fraction from digit k on.
+    """
     powers = torch.tensor(_POWERS_OF_THREE[:count], dtype=torch.uint8, device=raw.device)
-    fraction = raw.t().contiguous().unsqueeze(0) * powers.view(-1, 1, 1)
-    digits = fraction.ge(86).to(torch.uint8).add_(fraction.ge(171))  # thirds of 256, rounded up
-    return digits.flatten(0, 1).t()
+    fraction = raw.unsqueeze(0) * powers.view(-1, 1, 1)
+    return fraction.ge(86).to(torch.uint8).add_(fraction.ge(171))  # thirds of 256, rounded up

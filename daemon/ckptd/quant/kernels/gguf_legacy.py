@@ -106,7 +106,7 @@ def _nibbles(raw: torch.Tensor) -> torch.Tensor:
 
 def _five(nibbles: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
     """Return codes of five bits: nibbles, and the fifth bits in order in the bytes of `bits`."""
-    high = in_byte(bits, bits=1).view(torch.int64).t().contiguous()
+    high = packed(in_byte(bits, bits=1))
     return bytes_of(merged(fields(packed(nibbles), bits=4, width=16), high, at=4))
 
 

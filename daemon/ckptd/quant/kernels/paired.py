@@ -30,7 +30,7 @@ def decode_paired(
             x.copy_(halves.bitwise_right_shift_(12))
         else:
             fp4.widen(halves, x)
-            x.mul_(fp4.FACTOR)
+            x.mul_(fp4.FACTOR).add_(0.0)  # -0 becomes 0
         scales = grid.rows_of(scale, piece, block_rows)
         if one is not None:
             scales = scales * one
