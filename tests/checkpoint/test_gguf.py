@@ -47,9 +47,9 @@ def test_values_of_every_type_are_read(path: Path) -> None:
         "after": 9,
     }
     metadata = read(path, encode({**LLAMA, **scalars})).metadata
-    assert [metadata[key] for key in list(scalars)[:13]] == [
-        200, -3, 60000, -30000, 7, -7, 0.5, True, "äö", 1 << 40, -(1 << 40), 0.1, (1, -2, 3),
-    ]  # fmt: skip
+    numbers = [200, -3, 60000, -30000, 7, -7, 0.5, True]
+    others = ["äö", 1 << 40, -(1 << 40), 0.1, (1, -2, 3)]
+    assert [metadata[key] for key in list(scalars)[:13]] == [*numbers, *others]
     texts = metadata["texts"]
     assert isinstance(texts, gguf.Array)
     assert (texts.count, gguf.strings(path, texts)) == (3, ["a", "", "ccc"])
@@ -77,7 +77,7 @@ def test_tensors_are_read_with_their_blocks(path: Path) -> None:
 def test_a_file_that_ends_anywhere_is_refused(path: Path) -> None:
     """Whatever byte a file is cut at, it is refused as corrupt."""
     raw = encode(LLAMA, gguf_file.llama())
-    for length in range(0, len(raw) - 1, 3):
+    for length in (*range(0, 700, 5), *range(701, len(raw) - 1, 131)):
         with pytest.raises(CheckpointCorrupt):
             read(path, raw[:length])
 
@@ -87,7 +87,7 @@ def test_damaged_bytes_never_raise_anything_else(path: Path) -> None:
     metadata = {**LLAMA, "texts": ["a", "b"], "numbers": [1, 2]}
     whole = encode(metadata, gguf_file.llama(Entry("q", (3, 64), 2, bytes(108))))
     chance = random.Random(1)
-    for _ in range(1500):
+    for _ in range(400):
         raw = bytearray(whole)
         for _ in range(chance.randint(1, 4)):
             raw[chance.randrange(900)] = chance.choice((0, 1, 9, 127, 255, chance.randrange(256)))
@@ -103,26 +103,35 @@ CORRUPT: dict[str, tuple[bytes, str]] = {
     "many tensors": (encode(counts=(1 << 60, 7)), "more tensors than it can hold"),
     "many keys": (encode(counts=(0, 1 << 60)), "more key-value pairs than it can hold"),
     "a key twice": (encode([("a", 1), ("a", 2)]), "a key stands twice"),
-    "a long text": (encode({"a": struct.pack("<IQ", 8, 1 << 62)}), "ends within its header, at 'a'"),
+    "a long text": (
+        encode({"a": struct.pack("<IQ", 8, 1 << 62)}),
+        "ends within its header, at 'a'",
+    ),
     "a long array": (encode({"a": struct.pack("<IIQ", 9, 10, 1 << 61)}), "ends within its header"),
     "many texts": (encode({"a": struct.pack("<IIQ", 9, 8, 1 << 58)}), "ends within its header"),
     "an unknown value": (encode({"a": struct.pack("<II", 13, 0)}), "'a' is of an unknown type"),
     "deep arrays": (encode({"a": struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 9}), "too deep"),
-    "a key that is no text": (encode([("a", 1)]).replace(b"\x01" + bytes(7) + b"a", b"\x01" + bytes(7) + b"\xff"), "is not text"),  # fmt: skip
+    "a key that is no text": (encode({"a!": 1}).replace(b"a!", b"a\xff"), "is not text"),
     "alignment 0": (encode({"general.alignment": 0}), "not a power of two"),
     "alignment 24": (encode({"general.alignment": 24}), "not a power of two"),
     "alignment as text": (encode({"general.alignment": "32"}), "not a power of two"),
     "a name twice": (encode(LLAMA, [floats("a", 8), floats("a", 8)]), "'a': stands twice"),
     "dimensions": (encode(LLAMA, [floats("a", 1, 1, 1, 1, 1)]), "too many dimensions"),
-    "a huge tensor": (encode(LLAMA, [Entry("a", (1 << 40, 1 << 40), 0, b"")]), "larger than any file"),
+    "a huge tensor": (
+        encode(LLAMA, [Entry("a", (1 << 40, 1 << 40), 0, b"")]),
+        "larger than any file",
+    ),
     "half a block": (encode(LLAMA, [Entry("a", (2, 40), 2, bytes(36))]), "not whole blocks"),
-    "an odd offset": (encode(LLAMA, [Entry("a", (8,), 0, bytes(32), 4)]), "multiple of the alignment"),
+    "an odd offset": (
+        encode(LLAMA, [Entry("a", (8,), 0, bytes(32), 4)]),
+        "multiple of the alignment",
+    ),
     "past the end": (encode(LLAMA, [Entry("a", (8,), 0, bytes(32), 1 << 40)]), "truncated"),
     "overlap": (
         encode(LLAMA, [Entry("a", (16,), 0, bytes(64)), Entry("b", (16,), 0, bytes(64), 32)]),
         "'b': overlaps",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CORRUPT)

@@ -121,7 +121,7 @@ def test_several_models_are_a_choice(tmp_path: Path) -> None:
     """A folder with the model in two types is refused with advice; each file alone opens."""
     for kind in ("Q4_K_M", "Q8_0"):
         write(tmp_path / f"model-{kind}.gguf")
-    with pytest.raises(CheckpointUnsupported, match="2 GGUF models.*name one of these files"):
+    with pytest.raises(CheckpointUnsupported, match=r"2 GGUF models.*name one of these files"):
         open_checkpoint(tmp_path)
     assert open_checkpoint(tmp_path / "model-Q8_0.gguf").name == "model-Q8_0"
 
@@ -151,7 +151,7 @@ def test_only_a_projector_is_no_model(tmp_path: Path) -> None:
 def test_an_unknown_architecture_needs_a_config(tmp_path: Path) -> None:
     """Where no config can be made, one must be given; then the model opens."""
     path = write(tmp_path / "model.gguf", **{"general.architecture": "mamba"})
-    with pytest.raises(CheckpointUnsupported, match="'mamba'.*--assets"):
+    with pytest.raises(CheckpointUnsupported, match=r"'mamba'.*--assets"):
         open_checkpoint(path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert open_checkpoint(path).config["from"] == "folder"
@@ -210,6 +210,4 @@ def test_the_verdict_on_a_quiet_file_is_complete(tmp_path: Path) -> None:
         assert found == completeness.Complete(layout="gguf", reason="model.gguf is there")
     path.write_bytes(path.read_bytes()[:-40])
     facts = completeness.examine(tmp_path, listing.list_files(tmp_path))
-    assert isinstance(
-        completeness.verdict(facts, quiet_s=100, settle_s=1), completeness.Broken
-    )
+    assert isinstance(completeness.verdict(facts, quiet_s=100, settle_s=1), completeness.Broken)

@@ -3,13 +3,18 @@
 Run by hand, in an environment with gptqmodel 7.7.0, autoawq 0.2.9 and auto-round 0.16.1:
 
     python tests/tools/quant_columns.py tests/data/quant
+    python tests/tools/quant_columns.py tests/data/quant --cut NAME FOLDER
+    python tests/tools/quant_columns.py /tmp/sweep --sweep 150
 
 Each folder gets a few modules, packed by the library's own linear classes, as `model.safetensors`
 with `config.json` as the library writes it, and `reference.safetensors` with what the library's own
 dequantization of the file gives (GPTQModel's after its conversion of v1 zeros). Where a library has
 only a CUDA kernel for a layout (AWQ GEMV and GEMV-fast), the reference is what its packing began
-with: rounded codes, scales and zeros, multiplied out in float32 and rounded to fp16. With
-`--sweep N` as the second argument N random variants are made instead, which are not committed.
+with: rounded codes, scales and zeros, multiplied out in float32 and rounded to fp16.
+
+The second call cuts one module out of a folder that AutoRound wrote with a scheme of floats
+(FP8_STATIC, MXFP4, NVFP4; `AutoRound(model, tokenizer, scheme=..., iters=0)` on a tiny Llama), and
+multiplies it out in float32. The third makes random variants, which are not committed.
 """
 
 from __future__ import annotations
@@ -40,9 +45,10 @@ from gptqmodel.utils.model import (
     convert_gptq_v1_to_v2_format_module,
     convert_gptq_v2_to_v1_format_module,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
+_E2M1 = torch.tensor([sign * m for sign in (1, -1) for m in (0.0, 0.5, 1, 1.5, 2, 3, 4, 6)])
 
 
 @dataclass(kw_only=True)
@@ -80,11 +86,13 @@ def grid(
         low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
         if sym:
             scale = 2 * torch.maximum(high, -low) / top
+            scale = scale.half().float()
             zero = torch.full_like(scale, (top + 1) / 2)
         else:
             scale = (high - low) / top * 1.05  # no code beyond the top, which writers do not clamp
+            scale = scale.half().float()
             zero = (-low / scale).round().clamp(0, top)
-        scales.append(scale.half().float())
+        scales.append(scale)
         zeros.append(zero)
     return torch.stack(scales, 1), torch.stack(zeros, 1)
 
@@ -156,6 +164,7 @@ def gptq_config(
 ) -> dict[str, Any]:
     """Return the config of a tiny model with GPTQModel's quantization config."""
     said = QuantizeConfig(bits=bits, group_size=group, sym=sym, format=kind, **more).to_dict()
+    said["meta"].pop("offload_to_disk_path", None)
     return {"model_type": "llama", "vocab_size": 80, "quantization_config": said}
 
 
@@ -173,7 +182,7 @@ def awq(
         scales=scales.T.contiguous() if turned else scales.half(),
         zeros=zeros.T.contiguous() if turned else zeros,
     )
-    saved = {name: one for name, one in packed.state_dict().items()}
+    saved = dict(packed.state_dict())
     if turned:
         dense = dequantize_gemm(saved["qweight"], saved["qzeros"], saved["scales"], bits, size)
         return saved, dense.T
@@ -236,12 +245,15 @@ def rounded(
     packed = layer(bits, group, module.in_features, module.out_features, False, g_idx=keeps)
     packed.device = "cpu"
     packed.pack(module, scales, int(zeros[0, 0]) if sym else zeros, None, device="cpu")
-    packed.post_init()
+    saved = packed.state_dict()
+    packed.bias = None
     dense = packed(torch.eye(module.in_features).half())
-    return packed.state_dict(), dense.T
+    return saved, dense.T
 
 
-def rounded_config(*, bits: int, group: int, sym: bool, packing: str, **more: Any) -> dict[str, Any]:
+def rounded_config(
+    *, bits: int, group: int, sym: bool, packing: str, **more: Any
+) -> dict[str, Any]:
     """Return the config of a tiny model with AutoRound's quantization config."""
     said = {
         "quant_method": "auto-round",
@@ -260,7 +272,9 @@ def _gptq_cases() -> list[Case]:
     cases = []
     said = gptq_config(bits=4, group=32, sym=False, dynamic={r"+:.*up.*": {"bits": 8}})
     mixed = Case(name="gptq_v1_asym_mixed", config=said)
-    mixed.add("a.down", *gptq(linear(80, 176, shifted=True, bias=True), bits=4, group=32, sym=False))
+    mixed.add(
+        "a.down", *gptq(linear(80, 176, shifted=True, bias=True), bits=4, group=32, sym=False)
+    )
     mixed.add("a.up", *gptq(linear(72, 64, shifted=True), bits=8, group=32, sym=False))
     mixed.tensors["a.norm.weight"] = torch.ones(64)
     cases.append(mixed)
@@ -316,7 +330,7 @@ def _awq_cases() -> list[Case]:
     for name, layer in (("gemv", WQLinear_GEMV), ("gemv_fast", WQLinear_GEMVFast)):
         for group in (32, 64, 128):
             case = Case(name=f"awq_{name}_g{group}", config=awq_config(group, name))
-            case.add("a.q", *awq(linear(40, 256, shifted=True), layer, group=group))
+            case.add("a.q", *awq(linear(24, 256, shifted=True), layer, group=group))
             cases.append(case)
     widths = Case(name="awq_gptqmodel_widths")
     widths.config = gptq_config(bits=8, group=32, sym=False, kind=FORMAT.GEMM, method=METHOD.AWQ)
@@ -361,15 +375,15 @@ def _sweep(count: int) -> list[Case]:
         family = choose.choice(("gptq", "gptq", "awq", "gptqmodel_awq", "rounded"))
         if family == "gptq":
             kind = choose.choice((FORMAT.GPTQ, FORMAT.GPTQ_V2, FORMAT.GPTQ_P))
+            said = gptq_config(bits=bits, group=group, sym=sym, kind=kind)
             made = gptq(
                 module,
                 bits=bits,
                 group=group,
                 sym=sym,
-                kind=kind,
+                kind=FORMAT(said["quantization_config"]["format"]),
                 act_order=choose.random() < 0.4,
             )
-            said = gptq_config(bits=bits, group=group, sym=sym, kind=kind)
         else:
             whole = group != -1 and inputs % group
             group = 32 if whole else group
@@ -383,7 +397,9 @@ def _sweep(count: int) -> list[Case]:
                     bits=bits, group=group, sym=False, kind=FORMAT.GEMM, method=METHOD.AWQ
                 )
             else:
-                packing = choose.choice(("auto_round:auto_gptq", "auto_round", "auto_round:auto_awq"))
+                packing = choose.choice(
+                    ("auto_round:auto_gptq", "auto_round", "auto_round:auto_awq")
+                )
                 bits = choose.choice((4, 5, 6, 7)) if "awq" in packing else bits
                 made = rounded(module, bits=bits, group=group, sym=sym, packing=packing)
                 said = rounded_config(bits=bits, group=group, sym=sym, packing=packing)
@@ -393,12 +409,34 @@ def _sweep(count: int) -> list[Case]:
     return cases
 
 
+def _cut(name: str, folder: Path) -> Case:
+    config = json.loads((folder / "config.json").read_text())
+    kept = ("model_type", "dtype", "torch_dtype", "vocab_size", "quantization_config")
+    case = Case(name=name, config={key: config[key] for key in kept if key in config})
+    prefix = "model.layers.0.self_attn.k_proj."
+    held = load_file(folder / "model.safetensors")
+    module = {key.removeprefix(prefix): one for key, one in held.items() if prefix in key}
+    codes, scale = module.get("weight_packed"), module["weight_scale"]
+    if codes is None:
+        values = module["weight"].float()
+    else:
+        values = torch.stack([_E2M1[(codes & 15).int()], _E2M1[(codes >> 4).int()]], -1).flatten(1)
+    scale = torch.exp2(scale.float() - 127) if scale.dtype is torch.uint8 else scale.float()
+    if "weight_global_scale" in module:
+        scale = scale / module["weight_global_scale"]
+    scale = scale.view(len(values), -1).repeat_interleave(values.shape[1] // scale[0].numel(), 1)
+    case.add(prefix[:-1], module, (values * scale).bfloat16())
+    return case
+
+
 def main() -> None:
     """Make the committed cases, or a sweep."""
     torch.manual_seed(11)
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    if "--sweep" in sys.argv:
+    if "--cut" in sys.argv:
+        cases = [_cut(sys.argv[3], Path(sys.argv[4]))]
+    elif "--sweep" in sys.argv:
         cases = _sweep(int(sys.argv[-1]))
     else:
         cases = [*_gptq_cases(), *_awq_cases(), *_rounded_cases()]

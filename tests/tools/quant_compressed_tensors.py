@@ -18,6 +18,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ from safetensors.torch import save_file
 
 VERSION = tuple(int(part) for part in compressed_tensors.__version__.split(".")[:2])
 IS_OLD = VERSION < (0, 18)
+GROUPINGS: dict[str, dict[str, Any]] = {
+    "tensor": {},
+    "channel": {},
+    "group": {"group_size": 32},
+    "block": {"block_structure": [16, 32]},
+}
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -207,12 +214,7 @@ def bytes_() -> list[Case]:
     """int8 and FP8 in every grouping, and MXFP8."""
     cases = []
     for kind, layout in (("int", "int-quantized"), ("float", "float-quantized")):
-        for strategy, more in (
-            ("tensor", {}),
-            ("channel", {}),
-            ("group", {"group_size": 32}),
-            ("block", {"block_structure": [16, 32]}),
-        ):
+        for strategy, more in GROUPINGS.items():
             for symmetric in (True, False) if kind == "int" else (True,):
                 args = (integers if kind == "int" else floats)(8, strategy, **more)
                 shape = (40, 64) if strategy == "group" else (39, 43)
@@ -259,7 +261,6 @@ def small_floats() -> list[Case]:
 def experts() -> list[Case]:
     """Experts one by one and together, FP8 attention with what its inference needs."""
     words = integers(4, "group", group_size=32)
-    uneven = integers(3, "group", group_size=32, symmetric=False)
     rows = floats(8, "channel")
     one = torch.full((1,), 0.5, dtype=torch.bfloat16)
     scales = {"input_scale": one, "k_scale": one, "output_scale": one}
@@ -275,7 +276,21 @@ def experts() -> list[Case]:
         for expert in range(2)
         for name in ("w1", "w2")
     ]
-    fused = [
+    attention = Case(
+        module="model.layers.0.self_attn.k_proj",
+        shape=(64, 64),
+        layout="float-quantized",
+        weights=rows,
+        target="Linear",
+        extra=scales,
+    )
+    return [attention, *singles, *fused(block)]
+
+
+def fused(block: str) -> list[Case]:
+    """Experts in one tensor, packed with zero points, in rows, in ragged blocks, in MXFP4."""
+    uneven = integers(3, "group", group_size=32, symmetric=False)
+    return [
         Case(
             module=f"{block}.{name}",
             shape=(3, 35, 64),
@@ -285,20 +300,11 @@ def experts() -> list[Case]:
         )
         for name, layout, args in (
             ("a_packed", "pack-quantized", uneven),
-            ("a_rows", "float-quantized", rows),
+            ("a_rows", "float-quantized", floats(8, "channel")),
             ("a_blocks", "float-quantized", floats(8, "block", block_structure=[16, 32])),
             ("a_mx", "mxfp4-pack-quantized", floats(4, "group", group_size=32)),
         )
     ]
-    attention = Case(
-        module="model.layers.0.self_attn.k_proj",
-        shape=(64, 64),
-        layout="float-quantized",
-        weights=rows,
-        target="Linear",
-        extra=scales,
-    )
-    return [attention, *singles, *fused]
 
 
 def old() -> list[Case]:
@@ -328,57 +334,31 @@ def old() -> list[Case]:
 
 def sweep() -> Iterator[Case]:
     """Yield a weight for every combination that the library can express."""
-    shapes = ((1, 96), (5, 32), (33, 128), (70, 224))
-    ragged = ((1, 7), (5, 33), (33, 100), (64, 688))
-    number = 0
-    for bits in range(1, 9):
-        for symmetric in (True, False):
-            for strategy in ("tensor", "channel", "group", "block"):
-                layouts = ["pack-quantized"] + (["int-quantized"] if not IS_OLD else [])
-                for layout in layouts:
-                    for dtype in DTYPES:
-                        for shape in shapes if strategy == "group" else ragged:
-                            more: dict[str, Any] = {"symmetric": symmetric}
-                            if strategy == "group":
-                                more["group_size"] = 32
-                            if strategy == "block":
-                                more["block_structure"] = [16, 32]
-                            number += 1
-                            yield Case(
-                                module=f"m.{number}",
-                                shape=shape,
-                                layout=layout,
-                                weights=integers(bits, strategy, **more),
-                                dtype=dtype,
-                            )
-    for strategy in ("tensor", "channel", "group", "block", "tensor_group"):
-        for dtype in DTYPES:
-            for shape in shapes if "group" in strategy else ragged:
-                for bits, layout, size, stored in (
-                    (8, "float-quantized", 32, None),
-                    (8, "mxfp8-quantized", 32, "torch.uint8"),
-                    (4, "nvfp4-pack-quantized", 16, "torch.float8_e4m3fn"),
-                    (4, "mxfp4-pack-quantized", 32, "torch.uint8"),
-                    (6, "mxfp6-pack-quantized", 32, "torch.uint8"),
-                ):
-                    mx = layout != "float-quantized"
-                    if mx and strategy != ("tensor_group" if layout.startswith("nv") else "group"):
-                        continue
-                    if not mx and strategy == "tensor_group":
-                        continue
-                    more = {"scale_dtype": stored} if stored else {}
-                    if "group" in strategy:
-                        more["group_size"] = size
-                    if strategy == "block":
-                        more["block_structure"] = [16, 32]
-                    number += 1
-                    yield Case(
-                        module=f"m.{number}",
-                        shape=shape,
-                        layout=layout,
-                        weights=floats(bits, strategy, **more),
-                        dtype=dtype,
-                    )
+    integer_layouts = ["pack-quantized"] if IS_OLD else ["pack-quantized", "int-quantized"]
+    schemes = [
+        (layout, integers(bits, strategy, symmetric=symmetric, **more))
+        for layout in integer_layouts
+        for bits in range(1, 9)
+        for symmetric in (True, False)
+        for strategy, more in GROUPINGS.items()
+    ]
+    schemes += [("float-quantized", floats(8, name, **more)) for name, more in GROUPINGS.items()]
+    mx = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+    nv = {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+    for layout, bits, more in (
+        ("mxfp8-quantized", 8, mx),
+        ("nvfp4-pack-quantized", 4, nv),
+        ("mxfp4-pack-quantized", 4, mx),
+        ("mxfp6-pack-quantized", 6, mx),
+    ):
+        schemes.append((layout, floats(bits, **more)))
+    whole, ragged = (
+        ((1, 96), (5, 32), (33, 128), (70, 224)),
+        ((1, 7), (5, 33), (33, 100), (64, 688)),
+    )
+    for number, ((layout, args), dtype, place) in enumerate(product(schemes, DTYPES, range(4))):
+        shape = (whole if "group" in args["strategy"] else ragged)[place]
+        yield Case(module=f"m.{number}", shape=shape, layout=layout, weights=args, dtype=dtype)
 
 
 def main() -> None:

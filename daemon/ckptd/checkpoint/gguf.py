@@ -151,6 +151,20 @@ def _parsed(file: BinaryIO, path: Path, stamp: FileStamp) -> GgufHeader:
     )
 
 
+def _version(cursor: Cursor) -> int:
+    """Return the version of a file that begins as one should."""
+    if cursor.file_bytes < 24 or cursor.take(4, "the magic bytes") != MAGIC:
+        raise CheckpointCorrupt(
+            "is not a GGUF file",
+            path=cursor.path,
+            expected="GGUF at its beginning, and 24 bytes",
+            found=f"{cursor.file_bytes} bytes that begin otherwise",
+            hint="it is empty, truncated or of an older kind (GGML, GGJT): get it again",
+        )
+    version: int = cursor.unpack("I", "the version")[0]
+    return version
+
+
 def _counts(cursor: Cursor) -> tuple[int, int]:
     """Return the numbers of tensors and of key-value pairs.
 
@@ -158,15 +172,7 @@ def _counts(cursor: Cursor) -> tuple[int, int]:
         CheckpointCorrupt, CheckpointUnsupported: not such a file, or more than it can hold.
     """
     path = cursor.path
-    if cursor.file_bytes < 24 or cursor.take(4, "the magic bytes") != MAGIC:
-        raise CheckpointCorrupt(
-            "is not a GGUF file",
-            path=path,
-            expected="GGUF at its beginning, and 24 bytes",
-            found=f"{cursor.file_bytes} bytes that begin otherwise",
-            hint="the file is empty, truncated or of an older kind (GGML, GGJT): get it again",
-        )
-    (version,) = cursor.unpack("I", "the version")
+    version = _version(cursor)
     if version and version & 0xFFFF == 0:
         raise CheckpointUnsupported(
             "is a big-endian GGUF file", path=path, hint="get the little-endian one"
@@ -215,7 +221,9 @@ def _skip(cursor: Cursor, array: Array, key: str, *, depth: int) -> None:
         cursor.skip_texts(array.count, key)
     elif array.element == _ARRAY:
         if depth >= MAX_NESTING:
-            raise CheckpointCorrupt("arrays lie too deep in one another", path=cursor.path, found=key)
+            raise CheckpointCorrupt(
+                "arrays lie too deep in one another", path=cursor.path, found=key
+            )
         for _ in range(array.count):
             element, count = cursor.unpack("IQ", key)
             _skip(cursor, Array(element, count, cursor.position), key, depth=depth + 1)

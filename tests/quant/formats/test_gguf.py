@@ -108,7 +108,9 @@ def test_types_that_only_serve_products_are_read(number: int, tmp_path: Path) ->
     block += bytes(kind.block_bytes - len(block))
     entry = Entry("blk.0.ffn_up.weight", (2, kind.elements), number, block * 2)
     found = decoding.decoded(write(tmp_path / "m.gguf", llama(entry)))
-    assert torch.equal(found["model.layers.0.mlp.up_proj.weight"], codes.float().mul(0.5).repeat(2, 1))
+    assert torch.equal(
+        found["model.layers.0.mlp.up_proj.weight"], codes.float().mul(0.5).repeat(2, 1)
+    )
 
 
 def test_a_vector_of_blocks_is_decoded(tmp_path: Path) -> None:
@@ -180,7 +182,8 @@ def test_a_tensor_nobody_knows_is_refused(tmp_path: Path) -> None:
 
 def test_integers_are_no_weights(tmp_path: Path) -> None:
     """A weight of integers that would have to be reordered is refused by name."""
-    path = write(tmp_path / "m.gguf", [Entry("blk.0.attn_q.weight", (32, 32), 24, bytes(1024)), *llama()[:1]])  # fmt: skip
+    whole_numbers = Entry("blk.0.attn_q.weight", (32, 32), 24, bytes(1024))
+    path = write(tmp_path / "m.gguf", [whole_numbers, *llama()[:1]])
     with pytest.raises(CheckpointUnsupported, match=r"attn_q\.weight.*no float"):
         find(path)
 

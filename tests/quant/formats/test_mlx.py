@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,24 @@ def _find(folder: Path) -> None:
 def _write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_moe", "model.layers.0.mlp.experts.{}.gate_proj.weight"),
+        ("mixtral", "model.layers.0.mlp.experts.{}.w1.weight"),
+    ],
+)
+def test_stacked_experts_get_the_names_of_the_architecture(
+    model_type: str, name: str, tmp_path: Path
+) -> None:
+    """Where the names on disk are known, each expert is a weight of its own, with the same bits."""
+    shutil.copytree(DATA / "mlx_affine", tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": model_type}))
+    stacked = decoding.reference(DATA / "mlx_affine")[f"{LAYER}.switch_mlp.gate_proj.weight"]
+    found = decoding.decoded(tmp_path / "source")
+    for number, expected in enumerate(stacked):
+        assert torch.equal(found[name.format(number)], expected)
+    assert not any("switch_mlp" in key for key in found)

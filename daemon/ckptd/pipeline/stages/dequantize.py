@@ -72,6 +72,7 @@ def plan(draft: Draft, options: DequantizeOptions, context: StageContext) -> Dra
             path=context.source_path,
             hint="leave `only` and `keep` out",
         )
+    _require_whole(taken, kept, context)
     dtype = _dtype(draft.config, found, options)
     tensors, home = _replaced(draft, found, taken, kept, dtype, options, context)
     said = dtype or dequantize.most_common_dtype(found)
@@ -122,6 +123,21 @@ def _taken(found: Found, options: DequantizeOptions, context: StageContext) -> l
         for group in found.groups
         if _matches(group.name, options.only) and not _matches(group.name, options.keep)
     ]
+
+
+def _require_whole(taken: Sequence[Group], kept: Sequence[Group], context: StageContext) -> None:
+    """Refuse to divide weights that are stored in one tensor (stacked experts)."""
+    shared = {name for group in taken for name in group.consumed}
+    for group in kept:
+        for name in group.consumed:
+            if name in shared:
+                raise StageRefused(
+                    "holds weights of which some are to stay quantized and some are not",
+                    stage="dequantize",
+                    path=context.source_path,
+                    tensor=name,
+                    hint="keep all of its weights or none",
+                )
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

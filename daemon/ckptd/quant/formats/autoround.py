@@ -2,8 +2,9 @@
 
 `packing_format` says which: `auto_round:auto_gptq` stores zeros less one, `auto_round` and
 `auto_round:gptqmodel` as they are, `auto_round:auto_awq` is AWQ; widths that straddle words are a
-stream of bits in all of them. Floating-point codes lie as compressed-tensors lays them, whatever
-the packing is called; `data_type`, bits and group_size say what they are.
+stream of bits in all of them. Microscaled codes lie as compressed-tensors lays them, 8-bit floats
+with other scales as FP8 does, whatever the packing is called; `data_type`, bits and group_size say
+what they are.
 
 Source: AutoRound 0.16 and its files; transformers' AutoRoundConfig for a config without packing.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptd.errors import CheckpointUnsupported
-from ckptd.quant.formats import awq, compressed_tensors, gptq, linears, mlx
+from ckptd.quant.formats import awq, compressed_tensors, fp8, gptq, linears, mlx, narrow
 from ckptd.quant.group import Found, Stored
 
 _SIDE_FILE = "quantization_config.json"
@@ -60,9 +61,7 @@ class AutoRound:
         integers = _integers(stored, configs, packing)
         used = {name for group in integers.groups for name in group.consumed}
         rest = {name: one for name, one in stored.tensors.items() if name not in used}
-        floats = compressed_tensors.FORMAT.find(
-            dataclasses.replace(stored, tensors=rest, quantization=_as_compressed(config))
-        )
+        floats = _floats(dataclasses.replace(stored, tensors=rest), config)
         return Found(
             groups=integers.groups + floats.groups, dropped=integers.dropped + floats.dropped
         )
@@ -79,6 +78,19 @@ def _integers(stored: Stored, configs: tuple[Mapping[str, Any], ...], packing: s
     said = linears.settings(*configs)
     modules = linears.linears(stored)
     return Found(groups=tuple(gptq.group_of(module, layout, said) for module in modules))
+
+
+def _floats(stored: Stored, config: Mapping[str, Any]) -> Found:
+    """Return the weights whose codes are floats, as the family finds them that lays them so."""
+    names = [name for name in stored.tensors if name.endswith(".weight_packed")]
+    if names or linears.text(config.get("data_type")).startswith("mx"):
+        declared = _as_compressed(config)
+        return compressed_tensors.FORMAT.find(dataclasses.replace(stored, quantization=declared))
+    if any(tensor.spec.dtype in narrow.FLOAT8 for tensor in stored.tensors.values()):
+        size = config.get("group_size")
+        block = {"weight_block_size": size} if isinstance(size, list) else {}
+        return fp8.FORMAT.find(dataclasses.replace(stored, quantization=block))
+    return Found(groups=())
 
 
 def _refuse(stored: Stored, config: Mapping[str, Any]) -> None:
@@ -131,11 +143,7 @@ def _weights(config: Mapping[str, Any]) -> Mapping[str, Any]:
         "type": "float" if "fp" in kind else "int",
         "symmetric": True,
     }
-    if isinstance(size, list):
-        return weights | {"strategy": "block", "block_structure": size}
-    if size == 0:
-        return weights | {"strategy": "tensor"}
     whole = linears.whole(size)
-    if whole is None or whole < 0:
+    if whole is None or whole < 1:
         return weights | {"strategy": "channel"}
     return weights | {"strategy": "tensor_group" if "nv" in kind else "group", "group_size": whole}

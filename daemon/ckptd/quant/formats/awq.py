@@ -23,7 +23,8 @@ from ckptd.quant.formula import ceil_div
 from ckptd.quant.formulas.awq import QUAD, Across, Along, Quads
 from ckptd.quant.group import Found, Group, Stored
 
-_SIDE_FILES = ("quant_config.json", "quantize_config.json")
+_SIDE_FILES = ("quant_config.json", "quantize_config.json", "quantization_config.json")
+"""Of AutoAWQ, GPTQModel and AutoRound."""
 _LAYOUTS = {
     "gemm": "gemm",
     "exllama": "gemm",
@@ -85,21 +86,28 @@ def find(
     said = linears.settings(*configs)
     rounded = any(linears.by_autoround(config) for config in configs)
     modules = linears.linears(stored)
-    acts = dict(_acts(stored, modules))
+    layouts = {one.name: layout or _shaped(one) for one in modules}
+    inputs = {one.name: _inputs(one, layouts[one.name]) for one in modules}
+    acts = dict(_acts(stored, inputs))
     groups = tuple(
-        _group(one, layout or _shaped(one), said, acts.get(one.name), rounded=rounded)
-        for one in modules
+        _group(one, layouts[one.name], said, acts.get(one.name), rounded=rounded) for one in modules
     )
     return Found(groups=groups)
+
+
+def _inputs(linear: Linear, layout: str) -> int:
+    """Return the inputs of a module in `layout`."""
+    rows, columns = linear.matrix(linear.codes, frozenset({Dtype.I16, *_WORDS}))
+    return {"gemm": rows, "gemv": columns * 8}.get(layout, columns)
 
 
 def _group(
     linear: Linear, layout: str, said: Settings, act: StoredTensor | None, *, rounded: bool
 ) -> Group:
     if conv1d.is_conv1d(linear.stored.config, linear.name):
-        linear.unsupported("is AWQ of a Conv1D module")
+        raise linear.unsupported("is AWQ of a Conv1D module")
     if linear.g_idx is not None:
-        linear.corrupt(linear.g_idx, "belongs to GPTQ, not to AWQ", "no g_idx")
+        raise linear.corrupt(linear.g_idx, "belongs to GPTQ, not to AWQ", "no g_idx")
     formula: Across | Along | Quads
     if layout == "gemm":
         formula = _across(linear, said, act, rounded=rounded)
@@ -117,9 +125,7 @@ def _group(
     )
 
 
-def _across(
-    linear: Linear, said: Settings, act: StoredTensor | None, *, rounded: bool
-) -> Across:
+def _across(linear: Linear, said: Settings, act: StoredTensor | None, *, rounded: bool) -> Across:
     inputs, words = linear.matrix(linear.codes, _WORDS)
     groups, outputs = linear.matrix(linear.scales, linears.FLOATS)
     linear.require(linear.zeros, _WORDS, (groups, words))
@@ -157,7 +163,9 @@ def _along(linear: Linear, said: Settings, act: StoredTensor | None) -> Along:
 def _quads(linear: Linear, said: Settings, act: StoredTensor | None) -> Quads:
     quads, inputs = linear.matrix(linear.codes, frozenset({Dtype.I16}))
     if inputs % _QUAD_INPUTS:
-        linear.corrupt(linear.codes, "is not whole blocks", f"a multiple of {_QUAD_INPUTS} columns")
+        raise linear.corrupt(
+            linear.codes, "is not whole blocks", f"a multiple of {_QUAD_INPUTS} columns"
+        )
     groups, _ = linear.matrix(linear.scales, linears.FLOATS)
     linear.require(linear.scales, linears.FLOATS, (groups, quads * QUAD))
     linear.require(linear.zeros, linears.FLOATS, (groups, quads * QUAD))
@@ -181,14 +189,16 @@ def _padded_group(linear: Linear, said: Settings, inputs: int, padded: int) -> i
     if group == -1:
         group = max(1, inputs)
     if group is None or group < 1:
-        linear.corrupt(linear.scales, "has groups that the config does not tell", "a group_size")
+        raise linear.corrupt(
+            linear.scales, "has groups that the config does not tell", "a group_size"
+        )
     words = ceil_div(ceil_div(inputs, group), 8)
     step = 1 if group >= 128 else ceil_div(128, group)
     if padded not in (words * 8, ceil_div(words, step) * step * 8):
-        linear.corrupt(
+        raise linear.corrupt(
             linear.scales, "has no room for its groups", f"groups of {group} of {inputs} inputs"
         )
-    return group
+    return min(group, max(1, inputs))
 
 
 def _layout(stored: Stored, configs: tuple[Mapping[str, Any], ...]) -> str | None:
@@ -226,25 +236,23 @@ def _act(tensor: StoredTensor | None) -> parts.Part | None:
     return None if tensor is None else parts.part(tensor, rows=1, is_scale=True)
 
 
-def _acts(
-    stored: Stored, modules: tuple[Linear, ...]
-) -> Iterator[tuple[str, StoredTensor]]:
+def _acts(stored: Stored, inputs: Mapping[str, int]) -> Iterator[tuple[str, StoredTensor]]:
     """Yield the scale of each activation, with the module that follows it: the only one beside it
-    with as many inputs.
+    with as many `inputs`.
 
     Raises:
         CheckpointUnsupported: there is none such, or several.
     """
-    owners = {f"{module.name}{_ACT}" for module in modules}
     for name, tensor in stored.tensors.items():
-        if not name.endswith(_ACT) or name in owners or len(tensor.spec.shape) != 1:
+        if not name.endswith(_ACT) or name.removesuffix(_ACT) in inputs:
             continue
-        beside = name.removesuffix(_ACT).rpartition(".")[0] + "."
+        if len(tensor.spec.shape) != 1:
+            continue
+        beside = name.removesuffix(_ACT).rpartition(".")[0]
         following = [
-            module.name
-            for module in modules
-            if module.name.rpartition(".")[0] + "." == beside
-            and module.codes.spec.shape[:1] == tensor.spec.shape
+            module
+            for module, count in inputs.items()
+            if module.rpartition(".")[0] == beside and (count,) == tensor.spec.shape
         ]
         if len(following) != 1 or tensor.spec.dtype not in linears.FLOATS:
             raise CheckpointUnsupported(

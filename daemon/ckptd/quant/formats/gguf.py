@@ -152,9 +152,7 @@ class _Model:
             name = found.name.format(number)
             yield self._group(tensor, found, one, shape[1:], encoding, name=name)
 
-    def _part(
-        self, tensor: StoredTensor, shape: tuple[int, ...], found: Place
-    ) -> tuple[Part, str]:
+    def _part(self, tensor: StoredTensor, shape: tuple[int, ...], found: Place) -> tuple[Part, str]:
         """Return the stored bytes as rows of blocks, and the type of these."""
         encoding = self.stored.encodings.get(tensor.spec.name)
         if encoding is not None:
@@ -277,7 +275,9 @@ def _architecture(stored: Stored) -> str:
 def _heads(stored: Stored, key: str) -> int:
     """Return a number of heads; that of keys is that of queries where it is not said."""
     metadata, architecture = _metadata(stored), _architecture(stored)
-    told = metadata.get(f"{architecture}.{key}", metadata.get(f"{architecture}.attention.head_count"))
+    told = metadata.get(
+        f"{architecture}.{key}", metadata.get(f"{architecture}.attention.head_count")
+    )
     distinct = set((told or "").split(","))
     if len(distinct) != 1 or not (text := distinct.pop()).isdecimal() or len(text) > 9:
         raise CheckpointCorrupt(

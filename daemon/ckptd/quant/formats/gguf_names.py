@@ -49,7 +49,7 @@ class Naming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a tensor belongs: its plain name (`{}` for the expert), and the GGUF module it is of."""
+    """Where a tensor belongs: its plain name (`{}` for the expert), and its GGUF module."""
 
     name: str
     module: str

@@ -23,7 +23,8 @@ from ckptd.quant.formula import ceil_div
 from ckptd.quant.formulas.columns import BLOCK, Columns, Packing, Zeros
 from ckptd.quant.group import Found, Group, Stored
 
-_SIDE_FILE = "quantize_config.json"
+_SIDE_FILES = ("quantize_config.json", "quantization_config.json")
+"""The second beside the first is of AutoRound, writing in this format."""
 _STORED_ZEROS = {"gptq": False, "gptq_v2": True, "gptq_p": True}
 """Whether zeros are stored as they are, by checkpoint_format; without one it is the first."""
 _PLANES = frozenset({5, 6, 7})
@@ -55,7 +56,7 @@ class Gptq:
 
     name: str = "GPTQ"
     methods: tuple[str, ...] = ("gptq",)
-    side_files: tuple[str, ...] = (_SIDE_FILE,)
+    side_files: tuple[str, ...] = _SIDE_FILES
     skip_key: str | None = None
 
     def recognise(self, stored: Stored) -> str | None:
@@ -75,7 +76,8 @@ class Gptq:
             CheckpointCorrupt: a partner is missing or does not fit; names it.
             CheckpointUnsupported: marlin and other layouts of a kernel, rotated weights.
         """
-        configs = (stored.quantization, stored.document(_SIDE_FILE) or {})
+        side = [stored.document(name) or {} for name in _SIDE_FILES]
+        configs = (stored.quantization, *side)
         layout = _layout(stored, configs)
         said = linears.settings(*configs)
         modules = linears.linears(stored)
@@ -95,7 +97,9 @@ def group_of(linear: Linear, layout: Layout, said: Settings) -> Group:
     groups, outputs = linear.scales.spec.shape
     packing = Packing.PLANES if bits in layout.planes else Packing.STREAM
     if packing is Packing.PLANES and (inputs % BLOCK or outputs % BLOCK):
-        linear.corrupt(linear.codes, f"is {bits}-bit in planes", f"multiples of {BLOCK} codes")
+        raise linear.corrupt(
+            linear.codes, f"is {bits}-bit in planes", f"multiples of {BLOCK} codes"
+        )
     g_idx = linear.g_idx
     if g_idx is None:
         size = said.group_of(linear, inputs, groups)
@@ -108,7 +112,7 @@ def group_of(linear: Linear, layout: Layout, said: Settings) -> Group:
         g_idx=None if g_idx is None else parts.part(g_idx, rows=1, columns=inputs),
         bits=bits,
         inputs=inputs,
-        group=max(1, size),
+        group=max(1, min(size, inputs)),
         packing=packing,
         zero_rule=layout.zero_rule(bits),
         transposed=not _is_upright(linear, inputs, outputs),

@@ -110,10 +110,10 @@ def _grid(shape: Sequence[int], count: int, rows: int, columns: int) -> Block | 
             return (shape[1], shape[2])
         axes = [axis for axis in ((rows, 1), (1, columns)) if shape[-1] == max(axis)]
         return axes[0] if len(axes) == 1 else None  # both: nobody can tell
-    while len(shape) > 2 and shape[0] == 1:  # a single expert
-        shape = shape[1:]
     if len(shape) == 4 and shape[1] == shape[3] == 1:  # (a, 1, b, 1), as amax over blocks is kept
         return (shape[0], shape[2])
+    if len(shape) == 3 and shape[0] == 1:  # a single expert
+        shape = shape[1:]
     if len(shape) > 2 and math.prod(shape) == shape[0]:  # (rows, 1, 1, 1) of a convolution
         shape = shape[:1]
     if len(shape) == 1:

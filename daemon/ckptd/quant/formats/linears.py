@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import StoredTensor
@@ -42,9 +42,9 @@ class Linear:
         wanted = (self.codes, self.zeros, self.scales, self.g_idx)
         return tuple(one.spec.name for one in wanted if one is not None)
 
-    def corrupt(self, tensor: StoredTensor, what: str, expected: str) -> NoReturn:
-        """Refuse the module for one of its tensors."""
-        raise CheckpointCorrupt(
+    def corrupt(self, tensor: StoredTensor, what: str, expected: str) -> CheckpointCorrupt:
+        """Return the refusal of the module for one of its tensors."""
+        return CheckpointCorrupt(
             what,
             path=tensor.extent.path,
             tensor=tensor.spec.name,
@@ -53,9 +53,9 @@ class Linear:
             hint=_RESAVE,
         )
 
-    def unsupported(self, what: str, *, expected: str | None = None) -> NoReturn:
-        """Refuse the module for what it is."""
-        raise CheckpointUnsupported(
+    def unsupported(self, what: str, *, expected: str | None = None) -> CheckpointUnsupported:
+        """Return the refusal of the module for what it is."""
+        return CheckpointUnsupported(
             what,
             path=self.codes.extent.path,
             tensor=self.codes.spec.name,
@@ -69,14 +69,16 @@ class Linear:
     ) -> None:
         """Refuse `tensor` unless it has one of `dtypes` and exactly `shape`."""
         if tensor.spec.dtype not in dtypes or tensor.spec.shape != shape:
-            self.corrupt(
+            raise self.corrupt(
                 tensor, "does not fit its partners", f"{'|'.join(sorted(dtypes))} {list(shape)}"
             )
 
     def matrix(self, tensor: StoredTensor, dtypes: frozenset[Dtype]) -> tuple[int, int]:
         """Return the two axes of `tensor`, which has one of `dtypes`."""
         if tensor.spec.dtype not in dtypes or len(tensor.spec.shape) != 2:
-            self.corrupt(tensor, "is not a matrix of its kind", f"{'|'.join(sorted(dtypes))}, 2 axes")
+            raise self.corrupt(
+                tensor, "is not a matrix of its kind", f"{'|'.join(sorted(dtypes))}, 2 axes"
+            )
         return tensor.spec.shape[0], tensor.spec.shape[1]
 
 
@@ -143,7 +145,7 @@ class Settings:
         size = self.fitting_group(inputs, groups, linear.name)
         if size is not None:
             return size
-        linear.corrupt(
+        raise linear.corrupt(
             linear.scales,
             "has another number of groups than the config's group_size makes",
             f"a row a group of {self.group or '(group_size is missing)'} of {inputs} inputs",
@@ -176,10 +178,10 @@ def width(linear: Linear, fitting: list[int], said: Settings) -> int:
     if said.bits in fitting:
         return said.bits
     if fitting:
-        linear.corrupt(
+        raise linear.corrupt(
             linear.zeros, "fits several widths", f"the config to name one of {fitting} as bits"
         )
-    linear.corrupt(
+    raise linear.corrupt(
         linear.zeros,
         "fits no width of codes",
         f"words of 2 to 8 bits a code, like {linear.codes.spec.dtype} "

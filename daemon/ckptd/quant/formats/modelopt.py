@@ -67,7 +67,7 @@ class ModelOpt:
             CheckpointCorrupt: codes without scales, scales without codes, or shapes and dtypes that
                 are no known kind of weight.
             CheckpointUnsupported: weights that are more than codes and scales (SVDQuant's low-rank
-                part), or whose scales are of two stages (W4A8_AWQ).
+                part).
         """
         _refuse_low_rank(stored)
         dtype = narrow.compute_dtype(stored)
@@ -132,14 +132,6 @@ def _group(stored: Stored, weight: narrow.Weight, dtype: Dtype) -> Group:
         return _nvfp4(stored, weight, dtype)
     if scale.dtype in narrow.EXPONENTS:
         return narrow.fp4(weight, dtype=dtype)
-    if weight.global_scale is not None:
-        raise CheckpointUnsupported(
-            "is quantized in two stages (W4A8_AWQ), which is not decoded",
-            path=weight.codes.extent.path,
-            tensor=weight.name,
-            expected="W4A16_AWQ, FP8 or NVFP4",
-            hint="start from the weights that it was quantized from",
-        )
     return _int4(stored, weight, dtype)
 
 
@@ -177,7 +169,10 @@ def _int4(stored: Stored, weight: narrow.Weight, dtype: Dtype) -> Group:
 
 
 def _paired(weight: narrow.Weight, dtype: Dtype, *, kind: Kind, block: tuple[int, int]) -> Group:
-    """Return a weight whose bytes hold two rows each; the scale's grid was checked."""
+    """Return a weight whose bytes hold two rows each; the scale's grid was checked.
+
+    Beside int4 a second scale (W4A8_AWQ) only says how kernels round to FP8 afterwards.
+    """
     count, pairs, columns = grids.matrices(
         (1,) * (3 - len(weight.codes.spec.shape)) + weight.codes.spec.shape
     )
@@ -191,7 +186,7 @@ def _paired(weight: narrow.Weight, dtype: Dtype, *, kind: Kind, block: tuple[int
         Paired(
             codes=code,
             scale=part,
-            global_scale=one[place],
+            global_scale=one[place] if kind is Kind.E2M1 else None,
             pre_scale=pre_scale,
             block=block,
             kind=kind,

@@ -121,7 +121,7 @@ class _Document:
         if type(block) is not int or not 0 < block < 1 << 31:
             self._corrupt("nested_blocksize", "a positive number")
         offset = self.values.get("nested_offset")
-        if type(offset) not in (int, float) or not abs(offset) <= _MAX_FLOAT32:
+        if not isinstance(offset, int | float) or not abs(offset) <= _MAX_FLOAT32:
             self._corrupt("nested_offset", "a finite number")
         if self.values.get("nested_dtype") != "float32":
             self._unsupported("nested_dtype", "float32")

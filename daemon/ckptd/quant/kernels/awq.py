@@ -15,6 +15,8 @@ from ckptd.quant.formulas.awq import BLOCK, QUAD, Across, Along, Quads
 from ckptd.quant.kernels import affine, bitstream
 
 _EIGHT = 8
+_QUAD_INPUTS = 64
+"""Inputs of one row before another of the quad follows."""
 _SIGNS = -0x77777778
 """The highest bit of each nibble (0x88888888): flipped, two's complements are codes above -8, which
 falls out of the difference of code and zero."""
@@ -60,7 +62,7 @@ def _in_order(words: torch.Tensor, formula: Across, count: int) -> torch.Tensor:
     raw = words.contiguous().view(torch.uint8)
     codes = bitstream.unpacked(raw, bits=formula.bits, columns=whole)
     if formula.interleaved:
-        codes = codes.unflatten(1, (-1, _EIGHT))[:, :, list(_PLACES)].flatten(1)
+        codes = codes.reshape(len(codes), -1, _EIGHT)[:, :, list(_PLACES)].flatten(1)
     return codes[:, :count]
 
 
@@ -135,22 +137,15 @@ def decode_quads(
         out[down, along].copy_(values)
 
 
-_QUAD_INPUTS = 64
-"""Inputs of one row before another of the quad follows."""
-
-
 def _unwoven(raw: torch.Tensor) -> torch.Tensor:
     """Return codes, `U8` of (4 * quads, inputs), from `U8` of (quads, inputs * 2)."""
     # (quad, 64 inputs, row, their 32 bytes) with the rows made whole
-    along = (
-        raw.unflatten(1, (-1, QUAD, _QUAD_INPUTS // 2))
-        .transpose(1, 2)
-        .reshape(raw.shape[0] * QUAD, -1)
-    )
-    codes = bitstream.unpacked(along, bits=4, columns=along.shape[1] * 2)
-    # 32 codes: (8 of them, odd, pair) hold input 8 * pair + 2 * eight + odd
-    eights = codes.unflatten(1, (-1, QUAD, 2, QUAD))
-    return eights.permute(0, 1, 4, 2, 3).flatten(1)
+    rows = raw.shape[0] * QUAD
+    whole = raw.reshape(raw.shape[0], -1, QUAD, _QUAD_INPUTS // 2).transpose(1, 2).reshape(rows, -1)
+    codes = bitstream.unpacked(whole, bits=4, columns=whole.shape[1] * 2)
+    # of 32 codes the one at (eight, odd, pair) is of input 8 * pair + 2 * eight + odd
+    eights = codes.reshape(rows, -1, QUAD, 2, QUAD)
+    return eights.permute(0, 1, 4, 2, 3).reshape(rows, -1)
 
 
 def _divisor(act: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ckptd.quant.formulas.blockwise import Blockwise
-from ckptd.quant.kernels import decode
+from ckptd.quant.kernels import steps
 
 _HELD_SCALES = 1 << 16
 """Scales computed at once on the CPU: 256 KB, those of 4 million elements in blocks of 64."""
@@ -25,11 +25,11 @@ def decode_blockwise(
     reader = _Reader(formula, rows, tensors)
     if not formula.transposed:
         flat = out.view(-1)
-        for piece in decode.pieces(flat.numel(), 1, out.device):
+        for piece in steps.of_rows(flat.numel(), 1, out.device):
             reader.into(flat[piece], piece.start)
         return
     height, width = formula.shape
-    for piece in decode.pieces(height, width, out.device):
+    for piece in steps.of_rows(height, width, out.device):
         tile = out.new_empty((piece.stop - piece.start, width))
         reader.into(tile.view(-1), piece.start * width)
         out[:, piece].copy_(tile.T)

@@ -63,7 +63,7 @@ def _codes(raw: torch.Tensor, formula: Columns, count: int) -> torch.Tensor:
     widths = _PLANES.get(formula.bits)
     if formula.packing is Packing.STREAM or widths is None:
         return bitstream.unpacked(raw, bits=formula.bits, columns=count)
-    blocks = raw.view(torch.int32).unflatten(1, (-1, formula.bits))
+    blocks = raw.view(torch.int32).view(len(raw), -1, formula.bits)
     codes = torch.zeros((len(raw), blocks.shape[1] * BLOCK), dtype=torch.uint8, device=raw.device)
     offset = 0
     for width in widths:

@@ -7,7 +7,7 @@ takes besides is a few MB, whatever the size of the weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,22 +59,9 @@ KERNELS: dict[type[Formula], Kernel] = {
     Paired: paired.decode_paired,
 }
 
-PIECE_ELEMENTS = 1 << 17
-"""Elements that a kernel on the CPU has in hand at once: 512 KB in float32, within an L2 cache."""
-
-
 def rows_into(
     formula: Formula, rows: range, tensors: Sequence[torch.Tensor], out: torch.Tensor
 ) -> None:
     """Write `rows` of `formula` into `out`, which is on the device of `tensors`."""
     if out.numel():
         KERNELS[type(formula)](formula, rows, tensors, out)
-
-
-def pieces(num_rows: int, columns: int, device: torch.device, *, step: int = 1) -> Iterator[slice]:
-    """Yield the rows in pieces of whole `step`s: all at once on a GPU, cache-sized on a CPU."""
-    size = num_rows
-    if device.type == "cpu":
-        size = max(1, PIECE_ELEMENTS // max(1, columns * step)) * step
-    for start in range(0, num_rows, max(1, size)):
-        yield slice(start, min(start + size, num_rows))

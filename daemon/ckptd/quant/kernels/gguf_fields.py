@@ -16,9 +16,9 @@ _EACH_BYTE = 0x0101010101010101
 _EACH_BYTE_OF_4 = 0x01010101
 
 
-def half(blocks: torch.Tensor, at: int, *, count: int = 1) -> torch.Tensor:
-    """Return the float16 from byte `at` (even) of each block on, as float32 `(number, count)`."""
-    return typed(blocks, torch.float16)[:, at // 2 : at // 2 + count].float()
+def half(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """Return the float16 at byte `at` (even) of each block, as float32 `(number, 1)`."""
+    return typed(blocks, torch.float16)[:, at // 2].float().unsqueeze(1)
 
 
 def typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -32,12 +32,12 @@ def typed(raw: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def packed(raw: torch.Tensor) -> torch.Tensor:
     """Return bytes `(number, bytes)`, 16 times `units` of them, as int64 `(units, number * 2)`."""
-    return _exchanged(typed(raw, torch.int64))
+    return _exchanged(typed(raw, torch.complex128))
 
 
 def bytes_of(words: torch.Tensor) -> torch.Tensor:
     """Return the bytes of int64 `(units, number * 2)` as `U8 (number, units * 16)`."""
-    return _exchanged(words).view(torch.uint8)
+    return _exchanged(words.view(torch.complex128)).view(torch.uint8)
 
 
 def fields(words: torch.Tensor, *, bits: int, width: int) -> torch.Tensor:
@@ -47,7 +47,7 @@ def fields(words: torch.Tensor, *, bits: int, width: int) -> torch.Tensor:
     `width` bytes (a multiple of 16) come first, then the next ones of the same bytes; after them
     the next `width` bytes.
     """
-    grouped = words.unflatten(0, (-1, 1, width // 16))
+    grouped = words.view(-1, 1, width // 16, words.shape[1])
     shifted = grouped >> _shifts(bits, words.device)
     return shifted.bitwise_and_(((1 << bits) - 1) * _EACH_BYTE).flatten(0, 2)
 
@@ -85,20 +85,18 @@ def scaled(
         grouped.sub_(minimum.unsqueeze(2))
 
 
-def six_bit_pairs(raw: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the 8 scales and 8 minima in the 12 bytes of Q4_K and Q5_K, times `factors`.
+def six_bit_pairs(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the 8 scales and 8 minima of 6 bits in the 12 bytes of Q4_K and Q5_K, as float32.
 
-    `factors` are float32 `(number, 2)`, for scales and for minima. The first four of each are the
-    low 6 bits of bytes 0 to 7. The others have their low four bits in the nibbles of bytes 8 to 11,
-    and their high two at the top of the first eight bytes.
+    The first four of each are the low bits of bytes 0 to 7. The others have their low four bits
+    in the nibbles of bytes 8 to 11, and their high two at the top of the first eight bytes.
     """
-    first = typed(raw[:, :8], torch.int64)
-    nibbles = torch.cat((raw[:, 8:] & 15, raw[:, 8:] >> 4), dim=1).view(torch.int64)
-    low = first & (0x3F * _EACH_BYTE)
-    high = (first >> 2).bitwise_and_(0x30 * _EACH_BYTE).bitwise_or_(nibbles)
-    both = torch.cat((low, high), dim=1).view(torch.uint8).view(-1, 2, 2, 4)
-    found = both * factors.view(-1, 1, 2, 1)
-    return found[:, :, 0].reshape(-1, 8), found[:, :, 1].reshape(-1, 8)
+    scale, minimum, nibbles = typed(raw, torch.int32).unbind(1)
+    six, four, two = (bits * _EACH_BYTE_OF_4 for bits in (0x3F, 0x0F, 0x30))
+    scales = (scale & six, (scale >> 2).bitwise_and_(two).bitwise_or_(nibbles & four))
+    nibbles = (nibbles >> 4).bitwise_and_(four)
+    minima = (minimum & six, (minimum >> 2).bitwise_and_(two).bitwise_or_(nibbles))
+    return _floats(scales), _floats(minima)
 
 
 def six_bit_scales(raw: torch.Tensor) -> torch.Tensor:
@@ -118,13 +116,16 @@ def six_bit_scales(raw: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts, dim=1).view(torch.uint8)
 
 
-def _exchanged(words: torch.Tensor) -> torch.Tensor:
-    """Return int64 `(a, b * 2)` as `(b, a * 2)`, pairs exchanged as a whole.
+def _floats(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.stack(parts, dim=1).view(torch.uint8).float()
 
-    Complex numbers of 16 bytes are the widest elements that torch moves; nothing is computed.
+
+def _exchanged(pairs: torch.Tensor) -> torch.Tensor:
+    """Return 16-byte elements `(a, b)` as int64 `(b, a * 2)`.
+
+    Complex numbers are the widest elements that torch moves; nothing is computed with them.
     """
-    pairs = words.view(torch.complex128)
-    return pairs.t().contiguous().view(torch.int64)
+    return pairs.t().clone(memory_format=torch.contiguous_format).view(torch.int64)
 
 
 @functools.cache

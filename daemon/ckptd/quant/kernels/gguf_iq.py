@@ -31,7 +31,7 @@ def iq4_xs(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 def iq2_xxs(blocks: torch.Tensor, x: torch.Tensor) -> None:
     """For each 32 elements four codes of 8 bits, four of 7 bits for signs, a scale of 4 bits."""
-    raw = blocks[:, 2:].unflatten(1, (8, 8))
+    raw = blocks[:, 2:].reshape(-1, 8, 8)
     tail = words(raw[:, :, 4:].reshape(-1, 32), nbytes=4)
     codes = _points("IQ2_XXS", raw[:, :, :4].reshape(-1).int())
     signs = _even_signs(_sevens(tail))
@@ -48,7 +48,7 @@ def iq2_xs(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def iq2_s(blocks: torch.Tensor, x: torch.Tensor) -> None:
-    """For each 8 elements a code of 8 bits and 2 more, and 8 signs; scales of 4 bits for each 16."""
+    """For each 8 elements a code of 10 bits and 8 signs; scales of 4 bits for each 16."""
     high = in_byte(blocks[:, 66:74], bits=2).int().bitwise_left_shift_(8)
     codes = _points("IQ2_S", high.bitwise_or_(blocks[:, 2:34]).view(-1))
     scale = half(blocks, 0) * (in_byte(blocks[:, 74:], bits=4) + 0.5) * 0.25
@@ -86,7 +86,7 @@ def iq1_s(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def iq1_m(blocks: torch.Tensor, x: torch.Tensor) -> None:
-    """As IQ1_S with scales for each 16 and signs for each 8; `d` in the top nibbles of the scales."""
+    """As IQ1_S, scales for each 16, signs for each 8; `d` is in the top nibbles of the scales."""
     scales = words(blocks[:, 48:], nbytes=2)
     nibbles = in_byte(blocks[:, 32:48], bits=4)
     high = nibbles.bitwise_and(7).int().bitwise_left_shift_(8)

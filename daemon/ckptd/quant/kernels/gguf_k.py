@@ -43,17 +43,17 @@ def q3_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 def q4_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
     """4 bits; a scale and a minimum of 6 bits for each 32 elements."""
-    scales, minima = six_bit_pairs(blocks[:, 4:16], half(blocks, 0, count=2))
+    scales, minima = six_bit_pairs(blocks[:, 4:16])
     codes = fields(packed(blocks[:, 16:]), bits=4, width=32)
-    scaled(x, bytes_of(codes), scales, minima)
+    scaled(x, bytes_of(codes), scales.mul_(half(blocks, 0)), minima.mul_(half(blocks, 2)))
 
 
 def q5_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
     """As Q4_K, with the fifth bits in 32 bytes: bit j of each for sub-block j."""
-    scales, minima = six_bit_pairs(blocks[:, 4:16], half(blocks, 0, count=2))
+    scales, minima = six_bit_pairs(blocks[:, 4:16])
     low = fields(packed(blocks[:, 48:]), bits=4, width=32)
     codes = bytes_of(merged(low, fields(packed(blocks[:, 16:48]), bits=1, width=32), at=4))
-    scaled(x, codes, scales, minima)
+    scaled(x, codes, scales.mul_(half(blocks, 0)), minima.mul_(half(blocks, 2)))
 
 
 def q6_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
@@ -65,7 +65,7 @@ def q6_k(blocks: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def tq1_0(blocks: torch.Tensor, x: torch.Tensor) -> None:
-    """-1, 0 or 1, five of them in a byte as a fraction in base three, the last 16 bytes of fours."""
+    """-1, 0 or 1, five of them in a byte as a fraction in base three, in the last bytes four."""
     last = _trits(blocks[:, 48:52].contiguous(), count=4).transpose(0, 1)
     parts = (
         _trits(packed(blocks[:, :32]).view(torch.uint8), count=5),

@@ -15,7 +15,7 @@ import torch
 
 from ckptd.quant.formula import Arith
 from ckptd.quant.formulas.slabs import Rule, Segment, Slabs
-from ckptd.quant.kernels import decode
+from ckptd.quant.kernels import steps
 
 _TILE_COLUMNS = 1 << 14
 """A row of codes may be the whole weight's width times its groups: it is cut into tiles."""
@@ -119,5 +119,5 @@ def _tiles(matrix: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     width = num_columns if matrix.is_cuda else min(num_columns, _TILE_COLUMNS)
     for start in range(0, num_columns, max(1, width)):
         columns = slice(start, min(start + width, num_columns))
-        for rows in decode.pieces(num_rows, len(range(num_columns)[columns]), matrix.device):
+        for rows in steps.of_rows(num_rows, len(range(num_columns)[columns]), matrix.device):
             yield rows, columns

@@ -8,7 +8,7 @@ import torch
 
 from ckptd.quant.formulas.fp4 import Fp4
 from ckptd.quant.formulas.swizzled import TILE_ROWS, Swizzled
-from ckptd.quant.kernels import decode, fp4, scaled
+from ckptd.quant.kernels import fp4, scaled, steps
 
 
 def decode_swizzled(
@@ -17,7 +17,7 @@ def decode_swizzled(
     """Write `rows` of `formula` into `out`, of `(len(rows), formula.columns)`."""
     codes, tiles, *globals_ = tensors
     plain = formula.plain()
-    for piece in decode.pieces(len(rows), formula.columns, out.device, step=TILE_ROWS):
+    for piece in steps.of_rows(len(rows), formula.columns, out.device, step=TILE_ROWS):
         few = tiles[piece.start // TILE_ROWS : -(-piece.stop // TILE_ROWS)]
         groups = -(-formula.columns // formula.group)
         scales = _untiled(few)[: piece.stop - piece.start, :groups].contiguous()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ckptd.quant.kernels import decode
+from ckptd.quant.kernels import steps
 
 
 def pieces(out: torch.Tensor, *, step: int = 1) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -16,7 +16,7 @@ def pieces(out: torch.Tensor, *, step: int = 1) -> Iterator[tuple[slice, torch.T
     is filled itself. The rows of pieces are whole `step`s, but for the last.
     """
     room: torch.Tensor | None = None
-    for rows in decode.pieces(out.shape[0], out.shape[1], out.device, step=step):
+    for rows in steps.of_rows(out.shape[0], out.shape[1], out.device, step=step):
         if out.dtype is torch.float32:
             yield rows, out[rows]
             continue
