@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tests.cli.conftest import Call
 
+QUANTIZED = Path(__file__).parents[1] / "data" / "quant" / "awq_gemm"
+
 
 def test_text(ckptd: Call, checkpoint: Path) -> None:
     """The text says layout and why, step, weights, ties and what is left out."""
@@ -39,12 +41,26 @@ def test_json(ckptd: Call, checkpoint: Path) -> None:
     assert value["quantization"] is None
 
 
-def test_quantization(ckptd: Call, checkpoint: Path) -> None:
-    """A quantization that config.json declares is named by its method."""
+def test_quantization(ckptd: Call) -> None:
+    """Format, bits and groups are named, and what `dequantize` would make."""
+    value = ckptd("inspect", QUANTIZED, "--json").value["quantization"]
+    assert (value["method"], value["format"], value["problem"]) == ("awq", "AWQ", None)
+    assert sum(value["schemes"].values()) == value["dequantized"]
+    assert value["bytes_after"] > value["bytes_before"]
+    text = ckptd("inspect", QUANTIZED).out
+    assert "4-bit awq, groups of" in text
+    assert "`dequantize` makes float16" in text
+
+
+def test_quantization_that_is_not_decoded(ckptd: Call, checkpoint: Path) -> None:
+    """A method that is not decoded is told with its name; the rest of the checkpoint, too."""
     path = checkpoint / "config.json"
-    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "aqlm"}}
     path.write_text(json.dumps(config))
-    assert ckptd("inspect", checkpoint, "--json").value["quantization"]["method"] == "gptq"
+    result = ckptd("inspect", checkpoint, "--json")
+    assert result.code == 0
+    assert result.value["quantization"]["method"] == "aqlm"
+    assert "not decoded" in result.value["quantization"]["problem"]
 
 
 def test_half_written(ckptd: Call, checkpoint: Path) -> None:

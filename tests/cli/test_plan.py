@@ -82,3 +82,15 @@ def test_undecided_ties_are_named(ckptd: Call, checkpoint: Path, definition: Pat
     save_file(arrays, weights, metadata={"format": "pt"})
     value = ckptd("plan", checkpoint, "-p", definition, "--json").value
     assert value["undecided"] == ["model.embed_tokens.weight = lm_head.weight?"]
+
+
+def test_dequantize_shows_sizes_before_and_after(ckptd: Call) -> None:
+    """A quantized checkpoint's plan names format, dtype and both sizes; footprint has the new one."""
+    path = Path(__file__).parents[1] / "data" / "quant" / "awq_gemm"
+    value = ckptd("plan", path, "-p", "dequantize", "--json").value
+    report = value["stages"][0]["facts"]
+    footprint = next(stage for stage in value["stages"] if stage["stage"] == "footprint")["facts"]
+    assert report["format"] == "AWQ"
+    assert report["bytes_before"] == value["source_bytes"] < report["bytes_after"]
+    assert footprint["parameter_bytes"] == report["bytes_after"]
+    assert "become" in ckptd("plan", path, "-p", "dequantize").out

@@ -38,7 +38,9 @@ def decoded(
     In `Arith.LIBRARY` the dtype is the library's; else `dtype`, or the library's without it.
     """
     _, found = find(path)
-    return {group.name: weight(group, arith=arith, dtype=dtype, step=step) for group in found.groups}
+    return {
+        group.name: weight(group, arith=arith, dtype=dtype, step=step) for group in found.groups
+    }
 
 
 def weight(
@@ -93,5 +95,7 @@ def assert_bit_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.T
     for name, value in expected.items():
         ours = found[name]
         assert (ours.dtype, ours.shape) == (value.dtype, value.shape), name
-        same = torch.equal(ours.contiguous().view(torch.uint8), value.contiguous().view(torch.uint8))
+        same = torch.equal(
+            ours.contiguous().view(torch.uint8), value.contiguous().view(torch.uint8)
+        )
         assert same, f"{name}: {int((ours != value).sum())} of {value.numel()} differ"

@@ -115,6 +115,12 @@ class Plan:
         """Whether any byte is computed."""
         return any(isinstance(part, Computed) for part in self._segments())
 
+    @property
+    def grows_rows(self) -> bool:
+        """Whether rows are made from statistics of others: few large products, not many blocks."""
+        computed = (part for part in self._segments() if isinstance(part, Computed))
+        return any(isinstance(expression.made_by_rows(p.value), nodes.Grown) for p in computed)
+
     @cached_property
     def sources(self) -> frozenset[Path]:
         """The weight files that will be read."""

@@ -104,6 +104,14 @@ class _Batch:
     values: list[memoryview] = field(default_factory=list, repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Whose values are sent before these, and that these were."""
+
+    before: anyio.Event
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+
 class Stream:
     """One execution of one plan into one folder."""
 
@@ -129,6 +137,7 @@ class Stream:
         self._hashing = hashing
         self._meter = meter
         self._limiter = anyio.CapacityLimiter(4 * threads + 2)
+        self._computing = anyio.CapacityLimiter(threads)
         self._finishing = anyio.CapacityLimiter(2)
 
     async def run(
@@ -249,12 +258,32 @@ class Stream:
     async def _compute_batches(
         self, staged: MemoryObjectReceiveStream[_Batch], out: MemoryObjectSendStream[_Batch]
     ) -> None:
-        assert self._evaluator is not None
-        async with staged, out:
+        """Compute several batches at once, so that one lane keeps all threads busy; send in order."""
+        free = anyio.Semaphore(self._threads)
+        before = anyio.Event()
+        before.set()
+        async with staged, out, anyio.create_task_group() as group:
             async for batch in staged:
-                values = await self._in_thread(self._evaluator.compute, batch.staged)
-                self._meter.add(computed=sum(block.nbytes for block in batch.blocks))
-                await out.send(dataclasses.replace(batch, values=values))
+                await free.acquire()
+                turn = _Turn(before)
+                group.start_soon(self._compute_batch, batch, turn, free, out)
+                before = turn.done
+
+    async def _compute_batch(
+        self,
+        batch: _Batch,
+        turn: _Turn,
+        free: anyio.Semaphore,
+        out: MemoryObjectSendStream[_Batch],
+    ) -> None:
+        assert self._evaluator is not None
+        compute = self._evaluator.compute
+        values = await to_thread.run_sync(compute, batch.staged, limiter=self._computing)
+        self._meter.add(computed=sum(block.nbytes for block in batch.blocks))
+        await turn.before.wait()
+        await out.send(dataclasses.replace(batch, values=values))
+        turn.done.set()
+        free.release()
 
     async def _write_batches(
         self, shard: _Shard, values: MemoryObjectReceiveStream[_Batch]

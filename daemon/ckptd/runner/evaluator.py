@@ -17,7 +17,11 @@ from ckptd.plan.stream import Evaluator
 
 
 class ImportedMeanwhile:
-    """An `Evaluator` that is ready when torch is; its methods block, as all evaluators' do."""
+    """An `Evaluator` that is ready when torch is; its methods block, as all evaluators' do.
+
+    `num_threads` are torch's own within one operation. Where many blocks are computed at once, more
+    than one only wait for each other, and on busy cores for long.
+    """
 
     def __init__(self, *, device: str, num_threads: int, sources: Sources) -> None:
         pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="torch-import")

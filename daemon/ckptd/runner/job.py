@@ -270,7 +270,9 @@ def _stream(
     evaluator = None
     if plan.needs_torch:
         evaluator = ImportedMeanwhile(
-            device=work.definition.device, num_threads=work.num_threads, sources=sources
+            device=work.definition.device,
+            num_threads=work.num_threads if plan.grows_rows else 1,
+            sources=sources,
         )
     return Stream(
         plan,

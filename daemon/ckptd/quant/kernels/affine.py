@@ -19,7 +19,8 @@ from ckptd.quant.parts import Part
 TILE_COLUMNS = 2048
 """About as many columns as are in hand at once on a CPU, in whole groups and words."""
 TILE_ELEMENTS = 1 << 18
-"""Elements in hand at once on a CPU: 1 MB in float32, so that a step of torch costs little beside its work."""
+"""Elements in hand at once on a CPU: 1 MB in float32. With less, calling torch costs more than its
+work does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

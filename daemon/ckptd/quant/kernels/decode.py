@@ -59,6 +59,7 @@ KERNELS: dict[type[Formula], Kernel] = {
     Paired: paired.decode_paired,
 }
 
+
 def rows_into(
     formula: Formula, rows: range, tensors: Sequence[torch.Tensor], out: torch.Tensor
 ) -> None:
