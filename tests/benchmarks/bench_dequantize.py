@@ -1,19 +1,26 @@
 """Decoding one large layer of each format against a copy of its result; run by hand, prints ratios.
 
-    python tests/benchmarks/bench_dequantize.py [--only gptq4,bnb_nf4] [--device cuda] [--repeat 5]
-    python tests/benchmarks/bench_dequantize.py --job ct_w4a16 --gb 3 [--folder DIR]
+    python -m tests.benchmarks.bench_dequantize [--only gptq4,bnb_nf4] [--device cuda] [--repeat 7]
+    python -m tests.benchmarks.bench_dequantize --shape 768x2048 --copies 300
+    python -m tests.benchmarks.bench_dequantize --job ct_w4a16 --gb 3 [--folder DIR]
 
 The first form decodes a layer of 14336 x 4096 to bfloat16 from bytes that are in memory, in the
-blocks of the stream, in 1 and 2 threads, and compares with a copy of the result's bytes in as many
-threads and, where the library that writes the format is installed, with its own dequantizer on the
-same tensors and threads. The second runs a whole job on a checkpoint of `--gb`, and compares its
-wall time with decoding alone and with writing alone. Of several runs the fastest counts.
+blocks of the stream, in 1 and 2 threads, and compares with a copy of the result's bytes into memory
+that exists, in as many threads, and, where the library that writes the format is installed, with
+its own dequantizer on the same tensors and threads. The second does it for many small weights. The
+third runs a whole job on a checkpoint of `--gb`, and compares its wall time with decoding alone and
+with writing alone.
+
+What is compared runs in turns, and of several turns the fastest counts, with one thread block by
+block. Gigabytes are of the result.
+Ratios are of wall time and, in brackets, of processor time, which tells more on a busy machine. On a
+GPU the share of its memory's bandwidth that is used takes the place of threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import functools
 import json
 import os
 import shutil
@@ -21,38 +28,95 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import layers
 import torch
 
 from ckptd.checkpoint import checkpoint
 from ckptd.checkpoint.dtypes import Dtype
-from ckptd.plan import blocks, dequantize, evaluate
+from ckptd.plan import blocks, decoded, dequantize, evaluate
+from ckptd.plan.nodes import Decode
 from ckptd.plan.plan import Computed, segments_of
 from ckptd.plan.sources import Sources
 from ckptd.quant import registry, stored
 from ckptd.quant.formula import Arith
+from tests.benchmarks import layer_files, layers, libraries
 
-ROWS, COLUMNS = 14336, 4096
-BF16 = 2
+BF16_BYTES = 2
+TURNS_S = 20.0
+"""Turns end after this many seconds, whatever the number of them: some libraries are slow."""
 
+COPIED_BYTES = 16 << 20
+"""What is copied at once: as much as a block of the stream."""
 
-def fastest(call: Callable[[], Any], repeat: int) -> float:
-    """Return the seconds of the fastest of `repeat` calls."""
-    best = float("inf")
-    for _ in range(repeat):
-        began = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - began)
-    return best
+Call = Callable[[], Any]
 
 
-def decode_s(folder: Path, *, threads: int, device: str, repeat: int) -> float:
-    """Return the seconds to decode every weight of `folder` from staged blocks."""
+@dataclass(frozen=True, slots=True)
+class Fastest:
+    """The least seconds of all turns, by the clock and by the processors."""
+
+    wall_s: float
+    cpu_s: float
+
+    def or_faster(self, other: Fastest) -> Fastest:
+        """Return the lesser of each."""
+        return Fastest(min(self.wall_s, other.wall_s), min(self.cpu_s, other.cpu_s))
+
+    def over(self, other: Fastest) -> str:
+        """Return how many times as long as `other` it took."""
+        return f"{self.wall_s / other.wall_s:6.2f} x [{self.cpu_s / other.cpu_s:6.2f}]"
+
+
+def in_turns(
+    calls: Mapping[str, Sequence[Call]], *, repeat: int, device: str
+) -> dict[str, Fastest]:
+    """Run the calls of every name once to warm up, then `repeat` times in turns.
+
+    Of each call the fastest turn counts, and those of a name are added up: where work is divided
+    into calls of a few milliseconds, whatever else the machine does is left out.
+    """
+    best: dict[str, list[Fastest]] = {}
+    until = time.perf_counter() + TURNS_S
+    for turn in range(repeat + 1):
+        for name, parts in calls.items():
+            took = [_timed(part, device) for part in parts]
+            if turn:
+                held = best.get(name, took)
+                best[name] = [one.or_faster(other) for one, other in zip(held, took, strict=True)]
+        if turn and time.perf_counter() > until:
+            break
+    return {
+        name: Fastest(sum(one.wall_s for one in parts), sum(one.cpu_s for one in parts))
+        for name, parts in best.items()
+    }
+
+
+def _timed(call: Call, device: str) -> Fastest:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return Fastest(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def spread(parts: Sequence[Call], threads: int) -> list[Call]:
+    """Return calls that together do all `parts`, in as many threads as a stream would compute with.
+
+    One thread does them one by one, several share them in a single call.
+    """
+    if threads == 1:
+        return list(parts)
+    pool = ThreadPoolExecutor(threads)
+    return [lambda: list(pool.map(lambda part: part(), parts))]
+
+
+def decoding(folder: Path, *, device: str) -> list[Call]:
+    """Return what decodes the weights of `folder` from memory, batch by batch."""
     opened = checkpoint.open_checkpoint(folder)
     seen = stored.of_checkpoint(opened)
     chosen = registry.choose(seen)
@@ -62,177 +126,117 @@ def decode_s(folder: Path, *, threads: int, device: str, repeat: int) -> float:
         for group in chosen.find(seen).groups
     ]
     segments = [part for name, value in values for part in segments_of(name, value, 0)]
+    computed = [part for part in segments if isinstance(part, Computed)]
     with Sources(opened.stamps) as sources:
-        evaluator = evaluate.Evaluator(device=device, sources=sources)
-        computed = [part for part in segments if isinstance(part, Computed)]
-        staged = [evaluator.read(batch) for batch in blocks.batches(computed)]
-        evaluator.compute(staged[0])
-
-        def once() -> None:
-            in_threads(evaluator.compute, staged, threads)
-            if device != "cpu":
-                torch.cuda.synchronize()
-
-        return fastest(once, repeat)
+        reader = evaluate.Evaluator(device="cpu", sources=sources)
+        staged = [reader.read(batch) for batch in blocks.batches(computed)]
+    if device == "cpu":
+        return [functools.partial(reader.compute, batch) for batch in staged]
+    return [_on_device(batch, block, device) for batch in staged for block in batch.blocks]
 
 
-def in_threads(call: Callable[[Any], Any], items: Sequence[Any], threads: int) -> None:
-    """Call for every item, in as many threads as lanes of a stream would."""
-    if threads == 1:
-        for item in items:
-            call(item)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(call, items))
+def _on_device(batch: evaluate.Staged, block: blocks.Block, device: str) -> Call:
+    """Return what decodes a block whose bytes are on the device."""
+    value = block.value
+    assert isinstance(value, Decode)
+    parts = [decoded.as_matrix(batch.loaded[window].to(device), window) for window in value.windows]
+    out = torch.empty(value.shape, dtype=torch.bfloat16, device=device)
+    return functools.partial(decoded.into, out, value, parts, block.tensor)
 
 
-def copy_s(nbytes: int, *, threads: int, device: str, repeat: int) -> float:
-    """Return the seconds to copy `nbytes`, in `threads` parts."""
+def copying(nbytes: int, *, device: str) -> list[Call]:
+    """Return what copies `nbytes` between memory that exists, a block of the stream at a time."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    parts = list(zip(target.chunk(threads), source.chunk(threads), strict=True))
-
-    def once() -> None:
-        in_threads(lambda pair: pair[0].copy_(pair[1]), parts, threads)
-        if device != "cpu":
-            torch.cuda.synchronize()
-
-    return fastest(once, repeat)
+    parts = zip(target.split(COPIED_BYTES), source.split(COPIED_BYTES), strict=True)
+    return [functools.partial(own.copy_, other) for own, other in parts]
 
 
-def library_call(name: str, tensors: layers.Tensors) -> Callable[[], Any] | None:
-    """Return the library's own dequantization of a layer, or None where it is not installed."""
-    try:
-        return LIBRARIES[name](tensors) if name in LIBRARIES else None
-    except ImportError:
-        return None
-
-
-def _bitsandbytes_4bit(tensors: layers.Tensors) -> Callable[[], Any]:
-    functional = importlib.import_module("bitsandbytes.functional")
-    raw = bytes(tensors["weight.quant_state.bitsandbytes__nf4"].tolist())
-    state = functional.QuantState.from_dict(
-        {
-            name.removeprefix("weight."): value
-            for name, value in tensors.items()
-            if name != "weight"
-        },
-        device=torch.device("cpu"),
-    )
-    assert json.loads(raw)["quant_type"] == "nf4"
-    return lambda: functional.dequantize_4bit(tensors["weight"], state)
-
-
-def _bitsandbytes_int8(tensors: layers.Tensors) -> Callable[[], Any]:
-    functional = importlib.import_module("bitsandbytes.functional")
-    return lambda: functional.int8_vectorwise_dequant(tensors["weight"], tensors["SCB"]).to(
-        torch.bfloat16
-    )
-
-
-def _fp8(tensors: layers.Tensors) -> Callable[[], Any]:
-    module = importlib.import_module("transformers.integrations.finegrained_fp8")
-    made = module.Fp8Dequantize(None)
-    weight, scale = tensors["weight"], tensors["weight_scale_inv"]
-    return lambda: made._dequantize_one(weight, scale)
-
-
-def _mxfp4(tensors: layers.Tensors) -> Callable[[], Any]:
-    module = importlib.import_module("transformers.integrations.mxfp4")
-    codes, scales = tensors["gate_up_proj_blocks"], tensors["gate_up_proj_scales"]
-    return lambda: module.convert_moe_packed_tensors(codes, scales)
-
-
-def _compressed(tensors: layers.Tensors) -> Callable[[], Any]:
-    packed = importlib.import_module("compressed_tensors.compressors.pack_quantized.helpers")
-    forward = importlib.import_module("compressed_tensors.quantization.lifecycle.forward")
-    shape = torch.Size(tensors["weight_shape"].tolist())
-
-    def call() -> Any:
-        codes = packed.unpack_from_int32(tensors["weight_packed"], 4, shape)
-        return forward.dequantize(x_q=codes, scale=tensors["weight_scale"])
-
-    return call
-
-
-def _mlx(tensors: layers.Tensors) -> Callable[[], Any]:
-    mx = importlib.import_module("mlx.core")
-    weight = mx.array(tensors["weight"].view(torch.int32).numpy()).view(mx.uint32)
-    scales, biases = (
-        mx.array(tensors[name].float().numpy()).astype(mx.bfloat16) for name in ("scales", "biases")
-    )
-    return lambda: mx.eval(mx.dequantize(weight, scales, biases, group_size=64, bits=4))
-
-
-LIBRARIES: dict[str, Callable[[layers.Tensors], Callable[[], Any]]] = {
-    "bnb_nf4": _bitsandbytes_4bit,
-    "bnb_int8": _bitsandbytes_int8,
-    "fp8_block": _fp8,
-    "mxfp4_experts": _mxfp4,
-    "ct_w4a16": _compressed,
-    "mlx4": _mlx,
-}
-
-
-def bench_layer(name: str, *, device: str, repeat: int) -> None:
+def bench_layer(
+    name: str, *, shape: tuple[int, int], copies: int, device: str, repeat: int
+) -> None:
     """Print one row for each number of threads."""
-    layer = layers.LAYERS[name](ROWS, COLUMNS)
-    out_bytes = ROWS * COLUMNS * BF16
-    with tempfile.TemporaryDirectory() as folder:
-        layers.write(Path(folder) / "layer", layer)
-        for threads in (1, 2) if device == "cpu" else (1,):
-            torch.set_num_threads(1)
-            ours = decode_s(Path(folder) / "layer", threads=threads, device=device, repeat=repeat)
-            copied = copy_s(out_bytes, threads=threads, device=device, repeat=repeat)
-            torch.set_num_threads(threads)
-            call = library_call(name, layer[0]) if device == "cpu" else None
-            theirs = fastest(call, repeat) if call is not None else None
-            against = f"{theirs / ours:6.2f} x" if theirs is not None else "       -"
-            print(
-                f"{name:16} {threads} thread{'s' if threads > 1 else ' '} "
-                f"{out_bytes / ours / 1e9:6.2f} GB/s out, {ours / copied:5.2f} x the copy, "
-                f"library {against}",
-                flush=True,
-            )
+    layer = layers.LAYERS[name](*shape)
+    out_bytes = copies * shape[0] * shape[1] * BF16_BYTES
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "layer"
+        layer_files.write(folder, layer, copies=copies)
+        ours = decoding(folder, device=device)
+    copy = copying(out_bytes, device=device)
+    library = libraries.call(name, layer) if device == "cpu" and copies == 1 else None
+    for threads in (1, 2) if device == "cpu" else (1,):
+        calls = {"ours": spread(ours, threads), "copy": spread(copy, threads)}
+        if library is not None:
+            calls["library"] = [_with_threads(library, threads)]
+        torch.set_num_threads(1)
+        took = in_turns(calls, repeat=repeat, device=device)
+        row = f"{name:15} {threads} thread{'s' if threads > 1 else ' '}"
+        row += f" {out_bytes / took['ours'].wall_s / 1e9:6.2f} GB/s, "
+        row += f"{took['ours'].over(took['copy'])} of a copy"
+        if library is not None:
+            row += f", library {took['library'].over(took['ours'])} of ours"
+        if device != "cpu":
+            moved = out_bytes + copies * layer.nbytes
+            share = moved / took["ours"].wall_s / (2 * out_bytes / took["copy"].wall_s)
+            row += f", {share:.0%} of the memory's bandwidth"
+        print(row, flush=True)
 
 
-def bench_job(name: str, *, gb: float, parent: Path) -> None:
+def _with_threads(call: Call, threads: int) -> Call:
+    """Return a call that has as many of torch's own threads, which ours does not use."""
+
+    def made() -> None:
+        torch.set_num_threads(threads)
+        call()
+        torch.set_num_threads(1)
+
+    return made
+
+
+def bench_job(name: str, *, shape: tuple[int, int], gb: float, parent: Path | None) -> None:
     """Print wall time and peak memory of a whole job, beside decoding and writing alone."""
-    layer = layers.LAYERS[name](ROWS, COLUMNS)
-    size = sum(tensor.nbytes for tensor in layer[0].values())
-    copies = max(1, round(gb * 1e9 / size))
+    layer = layers.LAYERS[name](*shape)
+    copies = max(1, round(gb * 1e9 / layer.nbytes))
+    out_bytes = copies * shape[0] * shape[1] * BF16_BYTES
     folder = Path(tempfile.mkdtemp(dir=parent))
     try:
-        layers.write(folder / "source", layer, copies=copies, shard_layers=max(1, copies // 4))
-        layers.write(folder / "one", layer)
+        shard_layers = max(1, copies // 4)
+        layer_files.write(folder / "source", layer, copies=copies, shard_layers=shard_layers)
+        layer_files.write(folder / "few", layer, copies=min(4, copies))
         torch.set_num_threads(1)
-        decoding = copies * decode_s(folder / "one", threads=2, device="cpu", repeat=3)
-        out_bytes = copies * ROWS * COLUMNS * BF16
-        writing = _write_s(folder / "zeros", out_bytes)
+        few = decoding(folder / "few", device="cpu")
+        took = in_turns({"few": spread(few, 2)}, repeat=5, device="cpu")["few"]
+        decode_s = took.wall_s * copies / min(4, copies)
+        write_s = min(_write_s(folder / "plain", out_bytes) for _ in range(2))
         os.sync()
-        began = time.perf_counter()
-        done = subprocess.run(
-            [str(Path(sys.executable).with_name("ckptd")), "run", str(folder / "source"), "-p", "dequantize",
-             "-o", str(folder / "out"), "--no-push", "--json"],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        wall = time.perf_counter() - began
-        if done.returncode:
-            sys.exit(done.stderr)
-        outcome = json.loads(done.stdout)
-        print(
-            f"{name}: {copies * size / 1e9:.1f} GB become {out_bytes / 1e9:.1f} GB in {wall:.1f} s "
-            f"({outcome['duration_s']:.1f} s without start-up), peak "
-            f"{outcome['peak_bytes'] / 1e6:.0f} MB; decoding alone {decoding:.1f} s, writing alone "
-            f"{writing:.1f} s: {outcome['duration_s'] / max(decoding, writing):.2f} x the larger"
-        )
+        outcome, wall_s = _run(folder / "source", folder / "out")
     finally:
         shutil.rmtree(folder)
+    print(
+        f"{name}: {copies * layer.nbytes / 1e9:.1f} GB become {out_bytes / 1e9:.1f} GB in "
+        f"{wall_s:.1f} s ({outcome['duration_s']:.1f} s without start-up), peak "
+        f"{outcome['peak_bytes'] / 1e6:.0f} MB; decoding alone {decode_s:.1f} s, writing alone "
+        f"{write_s:.1f} s: {outcome['duration_s'] / max(decode_s, write_s):.2f} x the larger",
+        flush=True,
+    )
+
+
+def _run(source: Path, out: Path) -> tuple[dict[str, Any], float]:
+    """Return what a job that dequantizes `source` says, and its seconds with start-up."""
+    command = [sys.executable, "-m", "ckptd.cli.main", "run", str(source), "-p", "dequantize"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [*command, "-o", str(out), "--no-push", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout), time.perf_counter() - began
 
 
 def _write_s(path: Path, nbytes: int) -> float:
     """Return the seconds to write and sync `nbytes`."""
-    block = bytes(8 << 20)
+    block = memoryview(bytearray(os.urandom(8 << 20)))
     os.sync()
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
@@ -249,17 +253,24 @@ def main() -> None:
     """Read the arguments and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(layers.LAYERS))
+    parser.add_argument("--shape", default="14336x4096", help="outputs x inputs of a layer")
+    parser.add_argument("--copies", type=int, default=1, help="so many equal layers")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--job")
     parser.add_argument("--gb", type=float, default=3.0)
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
+    rows, _, columns = given.shape.partition("x")
+    shape = int(rows), int(columns)
     if given.job:
-        bench_job(given.job, gb=given.gb, parent=given.folder)
+        for name in given.job.split(","):
+            bench_job(name, shape=shape, gb=given.gb, parent=given.folder)
         return
     for name in given.only.split(","):
-        bench_layer(name, device=given.device, repeat=given.repeat)
+        bench_layer(
+            name, shape=shape, copies=given.copies, device=given.device, repeat=given.repeat
+        )
 
 
 if __name__ == "__main__":

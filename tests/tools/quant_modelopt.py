@@ -26,8 +26,13 @@ from modelopt.torch.quantization.qtensor import (
     NVFP4QTensor,
 )
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 _ATTENTION = ("self_attn.k_proj", "self_attn.v_proj")
 _DOWN = ("self_attn.k_proj", "mlp.down_proj")
@@ -40,8 +45,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "modelopt_mxfp4": ("MXFP4_DEFAULT_CFG", _ATTENTION),
     "modelopt_int8": ("INT8_WEIGHT_ONLY_CFG", _ATTENTION),
     "modelopt_awq": ("INT4_AWQ_CFG", _DOWN),
-    "modelopt_mixed": ("MIXED", _DOWN),
-    "modelopt_moe": ("NVFP4_DEFAULT_CFG", ("experts.0.down_proj", "experts.1.gate_proj")),
+    "modelopt_mixed_moe": ("MIXED", ("self_attn.k_proj", "experts.0.down_proj")),
 }
 """A config of the library and the modules that are kept. `MIXED` is FP8 attention, NVFP4 rest."""
 _INT4_GROUP = 128

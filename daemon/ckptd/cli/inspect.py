@@ -103,17 +103,18 @@ def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
     by_dtype: Counter[str] = Counter()
     for tensor in source.tensors.values():
         by_dtype[tensor.spec.dtype.value] += tensor.extent.nbytes
+    quantization = _quantization(source)
     facts: dict[str, Any] = {
         "step": source.step,
         "architectures": source.config.get("architectures"),
         "model_type": source.config.get("model_type"),
         "num_tensors": len(source.tensors),
-        "num_parameters": sum(tensor.spec.numel for tensor in source.tensors.values()),
+        "num_parameters": _num_parameters(source, quantization),
         "tensor_bytes": source.tensor_bytes,
         "by_dtype": dict(by_dtype.most_common()),
         "shards": {shard.name: stamp.nbytes for shard, stamp in source.stamps.items()},
         "tied": _tied(source),
-        "quantization": _quantization(source),
+        "quantization": quantization,
         "footprint": _footprint(source),
         "side_files": [file.relpath for file in source.side_files],
         "left_out": source.left_out,
@@ -181,6 +182,13 @@ def _quantization(source: Checkpoint) -> dict[str, Any] | None:
         return facts | {"problem": str(error)}
     found = dict(made.reports[-1].facts)
     return facts | {"problem": None} | found if found else None
+
+
+def _num_parameters(source: Checkpoint, quantization: dict[str, Any] | None) -> int:
+    """Return the model's parameters; of packed weights, those that they decode to."""
+    if quantization is not None and quantization["problem"] is None:
+        return int(quantization["num_parameters"])
+    return sum(tensor.spec.numel for tensor in source.tensors.values())
 
 
 def _footprint(source: Checkpoint) -> dict[str, Any]:

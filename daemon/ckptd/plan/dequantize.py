@@ -8,7 +8,6 @@ follows where another one is asked for.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,11 +28,8 @@ def weight(group: Group, *, dtype: Dtype, arith: Arith) -> Expression:
     """Return the weight that `group` is, of its shape and in `dtype`."""
     made = dtype if arith is Arith.FLOAT32 and dtype in _ONE_ROUNDING else Dtype.F32
     made = group.dtype if arith is Arith.LIBRARY else made
-    parts = []
-    for formula in group.formulas:
-        asked = dataclasses.replace(formula, dtype=made, arith=arith)
-        parts.append(_decoded(asked, group.shape, len(group.formulas)))
-    return expression.cast(expression.concat(parts), dtype)
+    asked = [dataclasses.replace(one, dtype=made, arith=arith) for one in group.formulas]
+    return expression.cast(_joined(asked, group.shape), dtype)
 
 
 def default_dtype(config: Mapping[str, Any], found: Found) -> Dtype:
@@ -83,10 +79,17 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _decoded(formula: Formula, shape: tuple[int, ...], count: int) -> Decode:
-    """Return all rows of `formula`: the whole of `shape`, one expert of it, or some of its rows."""
-    if count > 1 and math.prod(shape[2:]) == formula.columns and shape[1:2] == (formula.rows,):
-        return Decode(formula, (1, *shape[1:]), axis=1)
-    if count == 1 and shape[0] != formula.rows:
-        return Decode(formula, shape, axis=1)
-    return Decode(formula, (formula.rows, *shape[1:]), axis=0)
+def _joined(formulas: Sequence[Formula], shape: tuple[int, ...]) -> Expression:
+    """Return the rows of `formulas`, one after the other, as a tensor of `shape`."""
+    if sum(formula.rows for formula in formulas) == shape[0]:
+        parts = [Decode(one, (one.rows, *shape[1:]), axis=0) for one in formulas]
+        return expression.concat(parts)
+    each = len(formulas) // shape[0]  # of each expert
+    experts = [
+        expression.concat(
+            [Decode(one, (1, one.rows, *shape[2:]), axis=1) for one in formulas[at : at + each]],
+            axis=1,
+        )
+        for at in range(0, len(formulas), each)
+    ]
+    return expression.concat(experts)

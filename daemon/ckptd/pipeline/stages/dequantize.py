@@ -226,6 +226,7 @@ def _report(
             "dropped": len(found.dropped),
             "bytes_before": before.tensor_bytes,
             "bytes_after": after.tensor_bytes,
+            "num_parameters": sum(expression.numel(value) for value in after.tensors.values()),
         },
     )
 

@@ -39,8 +39,8 @@ def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
 
     A convolution's weight is one matrix whose columns are all axes but the first.
     """
-    if len(shape) == 3:
-        return shape[0], shape[1], shape[2]
+    if len(shape) == 3:  # no experts are one without rows
+        return (shape[0], shape[1], shape[2]) if shape[0] else (1, 0, shape[2])
     return 1, shape[0] if shape else 1, math.prod(shape[1:])
 
 
@@ -68,7 +68,7 @@ def scales(
     numel = math.prod(shape)
     if numel == 1 or not codes.rows * columns:
         size = (max(1, codes.rows), max(1, columns))
-        one = dataclasses.replace(spread, rows=min(1, numel), columns=max(1, numel))
+        one = dataclasses.replace(spread, rows=1, columns=numel)
         return [Scales(codes=codes, scale=one, block=size)]
     grid = _grid(shape, count, rows, columns)
     if grid is None:

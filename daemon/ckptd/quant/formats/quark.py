@@ -1,4 +1,4 @@
-"""AMD Quark: FP8, int8, MXFP4 and 4-bit integers, as its Hugging Face export writes them.
+"""AMD Quark: FP8, int8, FP4 and 4-bit integers, as its Hugging Face export writes them.
 
 Every weight is `X.weight` with `X.weight_scale`. Codes of 4-bit integers lie transposed, eight
 outputs in a word, with `X.weight_zero_point` packed alike; whether they are signed, and in which
@@ -37,6 +37,7 @@ _DROPPED = (
 """Scales of activations and caches."""
 _INTEGERS = {"int4": True, "uint4": False}
 """Whether codes of 4 bits are signed."""
+_FP4_GROUPS = (32, 16)
 _ZEROS = frozenset({Dtype.I8, Dtype.U8, Dtype.I32})
 _ORDERS = {"reorder": True, "order": False}
 """Whether the even ones of eight outputs come first."""
@@ -134,11 +135,11 @@ def _group(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
     if kind is Dtype.I32:
         return _four_bit(stored, weight, dtype)
     if weight.zero is None and kind is Dtype.U8:
-        if weight.scale.spec.dtype in narrow.EXPONENTS and narrow.is_fp4(
-            weight.codes, weight.scale, 32
-        ):
-            return narrow.fp4(weight.plain, dtype=dtype)
-        raise weight.unsupported("is of a kind that is not decoded", "MXFP4, FP8, int8 or int4")
+        spec = _weight_spec(stored.quantization, weight.name.removesuffix(".weight"))
+        for size in (_size(spec), *_FP4_GROUPS):
+            if size is not None and narrow.is_fp4(weight.codes, weight.scale, size):
+                return narrow.fp4(weight.plain, dtype=dtype, group_size=size)
+        raise weight.unsupported("is of a kind that is not decoded", "FP4, FP8, int8 or int4")
     if weight.zero is None and kind in narrow.FLOAT8:
         return narrow.eight_bit(weight.plain, dtype=dtype)
     return _eight_bit(stored, weight, dtype)
@@ -189,10 +190,15 @@ def _eight_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
 
 
 def _group_size(stored: Stored, weight: _Weight) -> int:
-    size = _weight_spec(stored.quantization, weight.name.removesuffix(".weight")).get("group_size")
-    if type(size) is not int or not 0 < size < 1 << 31:
+    size = _size(_weight_spec(stored.quantization, weight.name.removesuffix(".weight")))
+    if size is None:
         raise weight.unsupported("has no group size in config.json", "a positive group_size")
     return size
+
+
+def _size(spec: Mapping[str, Any]) -> int | None:
+    size = spec.get("group_size")
+    return size if type(size) is int and 0 < size < 1 << 31 else None
 
 
 def _four_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:

@@ -49,7 +49,8 @@ def decode_across(
     for down, along in tiles:
         held = slice(down.start * formula.bits // 32, -(-down.stop * formula.bits // 32))
         tile = words[along, held] ^ flip if flip else words[along, held]
-        codes = _nibble_rows(tile) if lanes else _in_order(tile, formula, down.stop - down.start).T
+        count = down.stop - down.start
+        codes = _nibble_rows(tile)[:count] if lanes else _in_order(tile, formula, count).T
         values = work.like(codes)
         values.copy_(codes)
         groups.apply(values, down, along)

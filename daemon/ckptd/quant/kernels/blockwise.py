@@ -1,7 +1,8 @@
 """The kernel of `formulas.blockwise`: a table of all bytes, two values each, one look-up a byte.
 
 Two float32 are moved as one 64-bit integer, which halves the look-ups; they are what takes the
-time. Everything is in float32 and in the library's order, so both kinds of arithmetic are the same.
+time. Pieces are cut by `split`, as making views one by one in Python costs a sixth of the rest.
+Everything is in float32 and in the library's order, so both kinds of arithmetic are the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from ckptd.quant.kernels import steps
 
 _HELD_SCALES = 1 << 16
 """Scales computed at once on the CPU: 256 KB, those of 4 million elements in blocks of 64."""
+_PIECES = 2
+"""Pieces of the usual size in one: there is little to do for each byte, so calls weigh more."""
 _SIGNS = torch.tensor([1.0] * 8 + [-1.0] * 8)
 
 
@@ -22,94 +25,119 @@ def decode_blockwise(
     formula: Blockwise, rows: range, tensors: Sequence[torch.Tensor], out: torch.Tensor
 ) -> None:
     """Write `rows` of `formula` into `out`, of `(len(rows), formula.columns)`."""
-    reader = _Reader(formula, rows, tensors)
+    source = _Source(formula, rows, tensors)
     if not formula.transposed:
-        flat = out.view(-1)
-        for piece in steps.of_rows(flat.numel(), 1, out.device):
-            reader.into(flat[piece], piece.start)
+        source.into(out.view(-1), 0)
         return
     height, width = formula.shape
     for piece in steps.of_rows(height, width, out.device):
         tile = out.new_empty((piece.stop - piece.start, width))
-        reader.into(tile.view(-1), piece.start * width)
+        source.into(tile.view(-1), piece.start * width)
         out[:, piece].copy_(tile.T)
 
 
-class _Reader:
-    """The flat elements of some rows, from whichever one on."""
+class _Source:
+    """The flat elements of some rows, to be had from whichever one on."""
 
     def __init__(self, formula: Blockwise, rows: range, tensors: Sequence[torch.Tensor]) -> None:
-        self._formula = formula
+        self._block = formula.block
         self._codes = tensors[0].view(-1)
-        self._pairs = _pairs(tensors[2].view(-1), signed_zero=formula.shape[1] % 2 == 0)
-        self._scales = _Scales(formula, tensors)
-        self._first_block = formula.first_byte(rows) * 2 // formula.block
-        self._skipped_blocks = self._first_block - formula.blocks(rows).start
-        self._skipped = formula.elements(rows).start - self._first_block * formula.block
-        self._values = torch.empty(0, device=self._codes.device)
-        self._places = torch.empty(0, dtype=torch.int32, device=self._codes.device)
+        self._scales = _Scales(formula, rows, tensors)
+        pairs = _pairs(tensors[2].view(-1), signed_zero=formula.shape[1] % 2 == 0)
+        self._room = _Room(pairs, formula.block)
+        self._on_cpu = self._codes.device.type == "cpu"
+        self._skipped = formula.elements(rows).start - formula.first_byte(rows) * 2
 
     def into(self, target: torch.Tensor, begin: int) -> None:
         """Fill `target` with the elements from number `begin` on, counted from the rows' first."""
-        block = self._formula.block
-        start = self._skipped + begin
-        stop = start + len(target)
-        first, last = start // block, -(-stop // block)
-        values = self._looked_up(first * block // 2, -(-stop // 2))[: stop - first * block]
-        skipped = self._skipped_blocks
-        _scale(values, self._scales.of(range(first + skipped, last + skipped)), block)
-        target.copy_(values[start - first * block :])
+        first, skipped = divmod(self._skipped + begin, self._block)
+        if skipped:  # it begins within a block, which is computed from its begin on
+            head = min(len(target), self._block - skipped)
+            block = target.new_empty(skipped + head)
+            self._whole_blocks(block, first)
+            target[:head].copy_(block[skipped:])
+            target, first = target[head:], first + 1
+        held = _HELD_SCALES if self._on_cpu else -(-len(target) // self._block)
+        for place, part in enumerate(target.split(max(1, held) * self._block)):
+            self._whole_blocks(part, first + place * held)
 
-    def _looked_up(self, start: int, stop: int) -> torch.Tensor:
-        """Return the two values of each byte from `start` to `stop`, valid until the next call."""
-        count = stop - start
-        if len(self._places) < count:
-            self._places = self._places.new_empty(count)
-            self._values = self._values.new_empty(2 * count)
-        places = self._places[:count].copy_(self._codes[start:stop])
-        values = self._values[: 2 * count]
-        torch.index_select(self._pairs, 0, places, out=values.view(torch.int64))
-        return values
+    def _whole_blocks(self, target: torch.Tensor, first: int) -> None:
+        """Fill `target` with the elements from the begin of block number `first` on."""
+        block = self._block
+        num_blocks = -(-len(target) // block)
+        at_once = _PIECES * steps.PIECE_ELEMENTS // block if self._on_cpu else num_blocks
+        blocks = max(1, at_once)
+        start = first * block // 2
+        codes = self._codes[start : start + -(-len(target) // 2)].split(blocks * block // 2)
+        scales = self._scales.of(first, first + num_blocks)[:, None].split(blocks)
+        for code, scale, out in zip(codes, scales, target.split(blocks * block), strict=True):
+            out.copy_(self._room.values(code, scale, len(out)))
+
+
+class _Room:
+    """Where pieces are computed; the views of a size are made once."""
+
+    def __init__(self, pairs: torch.Tensor, block: int) -> None:
+        self._pairs = pairs
+        self._block = block
+        self._held = pairs.new_empty(0)
+        self._resize(0, 0)
+
+    def values(self, codes: torch.Tensor, scales: torch.Tensor, count: int) -> torch.Tensor:
+        """Return `count` values in float32, valid until the next call."""
+        if len(codes) != len(self._words) or count != len(self._values):
+            self._resize(len(codes), count)
+        self._places.copy_(codes)
+        torch.index_select(self._pairs, 0, self._places, out=self._words)
+        _multiply(self._blocks, self._rest, scales)
+        return self._values
+
+    def _resize(self, num_bytes: int, count: int) -> None:
+        if num_bytes > len(self._held):
+            self._held = self._held.new_empty(num_bytes)
+            self._all_places = self._held.new_empty(num_bytes, dtype=torch.int32)
+        elif not num_bytes:
+            self._all_places = self._held.to(torch.int32)
+        self._words, self._places = self._held[:num_bytes], self._all_places[:num_bytes]
+        self._values = self._words.view(torch.float32)[:count]
+        self._blocks, self._rest = _divided(self._values, self._block)
 
 
 class _Scales:
     """The scales of all blocks in memory, made some at a time where they are nested."""
 
-    def __init__(self, formula: Blockwise, tensors: Sequence[torch.Tensor]) -> None:
-        self._formula = formula
+    def __init__(self, formula: Blockwise, rows: range, tensors: Sequence[torch.Tensor]) -> None:
         self._absmax = tensors[1].view(-1)
         self._nested = tuple(tensor.view(-1) for tensor in tensors[3:])
-        self._held = range(0)
-        self._made = self._absmax
+        self._size, self._offset = formula.nested_block, formula.nested_offset
+        first = formula.first_byte(rows) * 2 // formula.block
+        self._before = first - formula.blocks(rows).start
+
+    def of(self, start: int, stop: int) -> torch.Tensor:
+        """Return the scales of blocks `start` to `stop` in float32, counted from the rows' first."""
+        start, stop = start + self._before, stop + self._before
         if not self._nested:
-            self._held, self._made = range(len(self._absmax)), self._absmax.to(torch.float32)
-
-    def of(self, blocks: range) -> torch.Tensor:
-        """Return the scales of `blocks` in float32."""
-        if blocks.start < self._held.start or blocks.stop > self._held.stop:
-            self._make(blocks)
-        return self._made[blocks.start - self._held.start : blocks.stop - self._held.start]
-
-    def _make(self, blocks: range) -> None:
-        """Undo the quantization of the scales themselves, for `blocks` and many after them."""
-        size = self._formula.nested_block
-        start = blocks.start - blocks.start % size
-        ahead = _HELD_SCALES if self._absmax.device.type == "cpu" else len(self._absmax)
-        self._held = range(start, min(max(blocks.stop, start + ahead), len(self._absmax)))
-        codes = self._absmax[start : self._held.stop].to(torch.int32)
+            return self._absmax[start:stop].to(torch.float32)
+        size = self._size
+        whole = start - start % size
         nested_absmax, nested_map = self._nested
-        made = torch.index_select(nested_map, 0, codes)
-        _scale(made, nested_absmax[start // size :], size)
-        self._made = made.add_(self._formula.nested_offset)
+        made = torch.index_select(nested_map, 0, self._absmax[whole:stop].to(torch.int32))
+        _multiply(*_divided(made, size), nested_absmax[whole // size :, None])
+        return made.add_(self._offset)[start - whole :]
 
 
-def _scale(values: torch.Tensor, scales: torch.Tensor, block: int) -> None:
-    """Multiply each `block` of `values` by its scale in place; the last one may be partial."""
+def _divided(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the whole blocks of `values` as rows, and the elements after them."""
     whole = len(values) // block
-    full = values[: whole * block].view(whole, block)
-    torch.mul(full, scales[:whole, None], out=full)
-    if len(values) % block:
-        values[whole * block :].mul_(scales[whole])
+    return values[: whole * block].view(whole, block), values[whole * block :]
+
+
+def _multiply(blocks: torch.Tensor, rest: torch.Tensor, scales: torch.Tensor) -> None:
+    """Multiply each block by its row of `scales` in place, and the rest by the next one."""
+    whole = len(blocks)
+    torch.mul(blocks, scales if len(scales) == whole else scales[:whole], out=blocks)
+    if len(rest):
+        rest.mul_(scales[whole])
 
 
 def _pairs(quant_map: torch.Tensor, *, signed_zero: bool) -> torch.Tensor:

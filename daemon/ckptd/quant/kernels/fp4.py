@@ -15,8 +15,8 @@ from ckptd.quant.kernels import float8, grid, wide
 
 FACTOR = 2.0**14
 """What results of `widen` are still to be multiplied by."""
-_HELD = 1 << 20
-"""Words that are transposed at once (2 MB): fewer would touch a page of memory for each of them."""
+_HELD = 1 << 19
+"""Words that are transposed at once (1 MB): fewer would touch a page of memory for each of them."""
 _SPREAD = 1 << 12 | 1 << 24
 """A byte times this, in int32, has its nibbles at the top of the two halves."""
 _KEPT = ~0x71FF
@@ -66,7 +66,7 @@ def _decode_transposed(
     for start in range(0, len(out), step):
         some = out[start : start + step]
         columns = slice(start // nibbles, (start + step) // nibbles)
-        held = words[:, columns].t().to(torch.int16, memory_format=torch.contiguous_format)
+        held = words[:, columns].to(torch.int16).contiguous().t().contiguous()
         groups = slice(start // group, (start + step) // group)
         scales, rest = scales_of(scale[:, groups].t().contiguous())
         for piece, x in wide.pieces(some, step=group):
