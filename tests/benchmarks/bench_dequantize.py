@@ -223,7 +223,8 @@ def bench_job(name: str, *, shape: tuple[int, int], gb: float, parent: Path | No
 
 def _run(source: Path, out: Path) -> tuple[dict[str, Any], float]:
     """Return what a job that dequantizes `source` says, and its seconds with start-up."""
-    command = [sys.executable, "-m", "ckptd.cli.main", "run", str(source), "-p", "dequantize"]
+    start = "import sys; from ckptd.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", start, "run", str(source), "-p", "dequantize"]
     began = time.perf_counter()
     done = subprocess.run(
         [*command, "-o", str(out), "--no-push", "--json"],

@@ -101,6 +101,24 @@ def test_float32_arithmetic_rounds_once(dtype: str, tmp_path: Path) -> None:
     assert torch.equal(found["model.norm.weight"], tensors["model.norm.weight"])
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 24), (3, 0, 24), (3, 16, 0), (0, 16, 24), (1, 16, 24)])
+def test_experts_with_one_scale_for_all(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """ModelOpt's FP8 of Llama 4 and gpt-oss: a stack of experts in one tensor, and one scale."""
+    tensors = _fp8(tmp_path / "source")
+    codes, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.tensor(0.75)
+    name = "model.layers.0.mlp.experts.down_proj"
+    plain = {key: value for key, value in tensors.items() if "norm" in key}
+    made = {name: codes, f"{name}_weight_scale": scale, f"{name}_input_scale": torch.ones(())}
+    save_file(plain | made, tmp_path / "source/model.safetensors")
+    config = config_of(tmp_path / "source")
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    run(tmp_path / "source", "- dequantize", tmp_path / "out")
+    found = weights_of(tmp_path / "out")
+    assert torch.equal(found[name], (codes.float() * scale).bfloat16())
+    assert found.keys() == {name, *plain}
+
+
 def test_the_dtype_is_the_one_the_config_computes_in(tmp_path: Path) -> None:
     """Without `dtype`, config.json's counts, nested or under its former name."""
     _fp8(tmp_path / "source", dtype=None, text_config={"torch_dtype": "float16", "a": 1})

@@ -167,6 +167,18 @@ def test_empty_and_tiny_weights(tmp_path: Path, shape: tuple[int, int]) -> None:
     assert torch.equal(found, torch.full(shape, 2.0, dtype=torch.bfloat16))
 
 
+def test_no_experts(tmp_path: Path) -> None:
+    """Fused experts of which there are none decode to none."""
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = tensors[name][:0].clone()
+        tensors[f"{name}_scale_inv"] = tensors[f"{name}_scale_inv"][:0].clone()
+
+    path = copies.changed(DATA / SCALES, tmp_path / "made", tensors=change)
+    assert decoding.decoded(path)[name].shape == (0, 128, 16)
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "no scale": (SCALES, lambda t: t.pop(f"{Q}_scale_inv"), Q),
     "a scale alone": (SCALES, lambda t: t.pop(Q), f"{Q}_scale_inv"),

@@ -58,6 +58,28 @@ def test_float32_arithmetic_is_the_same(case: str) -> None:
     decoding.assert_bit_equal(found, expected)
 
 
+def test_modules_that_were_renamed_in_the_files_alone(tmp_path: Path) -> None:
+    """transformers saves a vision model so: what ends alike is one tensor, named as in the file."""
+    names = {
+        "model.language_model.layers.1.": "language_model.model.layers.1.",
+        "model.language_model.layers.11.": "language_model.model.layers.11.",
+        "model.tower.encoder.layers.1.": "tower.encoder.layers.1.",
+        "lm_head.": "lm_head.",
+    }
+    expected = decoding.reference(DATA / "torchao_integers")
+    found = decoding.decoded(_renamed("torchao_integers", tmp_path / "made", names))
+    wanted = {to + name: value for to in names.values() for name, value in expected.items()}
+    decoding.assert_bit_equal(found, wanted)
+
+
+def test_modules_whose_endings_are_not_their_own(tmp_path: Path) -> None:
+    """Two that end alike under names that say nothing are refused."""
+    names = {"a.x.": "b.", "c.x.": "d."}
+    made = _renamed("torchao_integers", tmp_path / "made", names)
+    with pytest.raises(CheckpointCorrupt, match="an inner tensor is in no file"):
+        decoding.find(made)
+
+
 def test_plain_tensors_get_their_names_back() -> None:
     """What torchao 0.14 stored as `NAME:_data` is called NAME again."""
     _, found = decoding.find(DATA / "torchao_colon")
@@ -363,6 +385,19 @@ def _read(case: str, prefix: str = "") -> tuple[Tensors, Index, dict[str, Any]]:
         {name: one for name, one in index.items() if name.startswith(prefix)},
         config,
     )
+
+
+def _renamed(case: str, target: Path, names: dict[str, str]) -> Path:
+    """Write the weights of a case once for each of `names`: prefixes in metadata and in keys."""
+    tensors, index, config = _read(case)
+    target.mkdir()
+    _write(
+        target,
+        {to + name: one.clone() for to in names.values() for name, one in tensors.items()},
+        {said + name: one for said in names for name, one in index.items()},
+        config,
+    )
+    return target
 
 
 def _metadata(index: Index) -> dict[str, str]:

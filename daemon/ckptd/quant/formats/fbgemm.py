@@ -77,7 +77,11 @@ def _experts(weight: narrow.Weight, dtype: Dtype) -> Group:
     count, rows, columns = weight.codes.spec.shape
     shape = weight.scale.spec.shape
     floats = weight.scale.spec.dtype in narrow.FLOATS
-    if not count or not floats or shape not in ((count, 1, columns), (count, columns, 1), (count, columns)):
+    if (
+        not count
+        or not floats
+        or shape not in ((count, 1, columns), (count, columns, 1), (count, columns))
+    ):
         raise narrow.wrong(weight.scale, f"{[count, 1, columns]}, one a column of each expert")
     codes = parts.part(weight.codes, rows=count * rows, columns=columns)
     scale = parts.part(weight.scale, rows=count, columns=columns, is_scale=True)

@@ -67,9 +67,9 @@ def scales(
     rows, columns, shape = codes.rows // count if count else 0, codes.columns, scale.spec.shape
     numel = math.prod(shape)
     if numel == 1 or not codes.rows * columns:
-        size = (max(1, codes.rows), max(1, columns))
+        size = (max(1, rows), max(1, columns))
         one = dataclasses.replace(spread, rows=1, columns=numel)
-        return [Scales(codes=codes, scale=one, block=size)]
+        return [Scales(codes=code, scale=one, block=size) for code in stacked(codes, count)]
     grid = _grid(shape, count, rows, columns)
     if grid is None:
         return None

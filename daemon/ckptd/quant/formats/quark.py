@@ -25,6 +25,7 @@ from ckptd.quant.formula import ceil_div
 from ckptd.quant.formulas.awq import Across
 from ckptd.quant.formulas.scaled import Scaled
 from ckptd.quant.group import Found, Group, Stored
+from ckptd.quant.parts import Part
 
 _CODES = narrow.FLOAT8 | {Dtype.U8, Dtype.I8, Dtype.I32}
 _SCALE = "_scale"
@@ -51,6 +52,12 @@ class _Weight:
     codes: StoredTensor
     scale: StoredTensor
     zero: StoredTensor | None
+
+    @property
+    def consumed(self) -> tuple[str, ...]:
+        """The names of all."""
+        used = (self.codes, self.scale, self.zero)
+        return tuple(tensor.spec.name for tensor in used if tensor is not None)
 
     @property
     def plain(self) -> narrow.Weight:
@@ -164,18 +171,10 @@ def _eight_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
         grid, block, grouping = (shape[0], 1), (1, shape[1]), "a scale a row"
         if scale.numel != shape[0]:
             raise narrow.wrong(weight.scale, f"[{shape[0]}], one a row")
-    consumed = [weight.name, scale.name]
-    zero = None
-    if weight.zero is not None:
-        spec = weight.zero.spec
-        if spec.dtype not in _ZEROS or spec.numel != scale.numel:
-            raise narrow.wrong(weight.zero, f"{scale.numel} integers")
-        zero = parts.part(weight.zero, rows=grid[0], columns=grid[1])
-        consumed.append(spec.name)
     formula = Scaled(
         codes=parts.part(weight.codes),
         scale=parts.part(weight.scale, rows=grid[0], columns=grid[1], is_scale=True),
-        zero=zero,
+        zero=_zeros(weight, grid),
         block=block,
         transposed=transposed,
         dtype=dtype,
@@ -184,9 +183,18 @@ def _eight_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
         name=weight.name,
         shape=shape[::-1] if transposed else shape,
         formulas=(formula,),
-        consumed=tuple(consumed),
+        consumed=weight.consumed,
         scheme=f"8-bit int, {grouping}",
     )
+
+
+def _zeros(weight: _Weight, grid: tuple[int, ...]) -> Part | None:
+    """Return the zeros, of the scales' grid, if the weight has any."""
+    if weight.zero is None:
+        return None
+    if weight.zero.spec.dtype not in _ZEROS or weight.zero.spec.numel != grid[0] * grid[1]:
+        raise narrow.wrong(weight.zero, f"{grid[0] * grid[1]} integers")
+    return parts.part(weight.zero, rows=grid[0], columns=grid[1])
 
 
 def _group_size(stored: Stored, weight: _Weight) -> int:
@@ -236,7 +244,7 @@ def _four_bit(stored: Stored, weight: _Weight, dtype: Dtype) -> Group:
         name=weight.name,
         shape=(outputs, inputs),
         formulas=(formula,),
-        consumed=(weight.name, weight.scale.spec.name, weight.zero.spec.name),
+        consumed=weight.consumed,
         scheme=f"4-bit {spec['dtype']}, groups of {size}",
     )
 

@@ -4,6 +4,7 @@ For every tensor the metadata has a JSON object of its class (`_type`), its attr
 and the names of the tensors inside (`_tensor_data_names`). These are stored as `MODULE._PARAM_x`,
 by torchao 0.14 as `MODULE.PARAM:x`; a plain tensor is stored under its name, by 0.14 as
 `NAME:_data`. Each file may describe all tensors or its own, so that the metadata of all is merged.
+Modules may have been renamed in the files alone.
 Source: flatten_tensor_state_dict of torchao 0.14 to 0.18.
 """
 
@@ -167,9 +168,10 @@ def entries(stored: Stored) -> Iterator[Entry]:
                 "two files describe it differently", path=stored.path, tensor=name
             )
     _require_all(stored, said_of)
+    moved = _moved(stored, said_of)
     for name, said in sorted(said_of.items()):
         if said["_type"] != PLAIN:
-            yield _entry(stored, name, said)
+            yield _entry(stored, moved.get(name, name), said)
 
 
 def renamed(stored: Stored) -> tuple[tuple[str, str], ...]:
@@ -217,10 +219,66 @@ def _require_all(stored: Stored, said_of: Mapping[str, Mapping[str, Any]]) -> No
                 )
 
 
+def _moved(stored: Stored, said_of: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the names that entries have in the files, where these are not those of the metadata.
+
+    transformers renames the modules of some architectures as it saves (a vision model's beside a
+    language model's), in the files alone. What ends alike and has the same numbers is one tensor,
+    the longest endings first; an ending that two share says nothing.
+    """
+    fields = {name: field for name, said in said_of.items() if (field := _first_field(said))}
+    lost = {name for name, field in fields.items() if _place(name, field) not in stored.tensors}
+    if not lost:
+        return {}
+    taken = {_place(name, field) for name, field in fields.items() if name not in lost}
+    parameters = {name: name.rpartition(".")[2] for name in lost}
+    ends = {_place(parameter, fields[name]): parameter for name, parameter in parameters.items()}
+    free = set()
+    for key in stored.tensors:
+        module, dot, leaf = key.rpartition(".")
+        if dot + leaf in ends and key not in taken:
+            free.add(f"{module}.{ends[dot + leaf]}")
+    return _paired(lost, free)
+
+
+def _paired(lost: set[str], free: set[str]) -> dict[str, str]:
+    """Return which of `free` each of `lost` is called now, as far as their endings tell."""
+    pairs: dict[str, str] = {}
+    longest = max((name.count(".") + 1 for name in lost), default=0)
+    for length in range(longest, 1, -1):
+        here, there = (_by_ending(names, length) for names in (lost, free))
+        for ending, names in here.items():
+            places = there.get(ending, [])
+            if len(names) == len(places) == 1:
+                pairs[names[0]] = places[0]
+        lost, free = lost - pairs.keys(), free - set(pairs.values())
+    return pairs
+
+
+def _by_ending(names: set[str], length: int) -> dict[tuple[str, ...], list[str]]:
+    """Return the names by their last parts and all their numbers."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        ending = (*parts[-length:], "", *filter(str.isdecimal, parts))
+        found.setdefault(ending, []).append(name)
+    return found
+
+
+def _first_field(said: Mapping[str, Any]) -> str | None:
+    fields = said.get("_tensor_data_names")
+    return fields[0] if isinstance(fields, list) and fields and isinstance(fields[0], str) else None
+
+
+def _place(name: str, field: str) -> str:
+    """Return the name in a file of an inner tensor of `name`."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}._{parameter}_{field}"
+
+
 def _entry(stored: Stored, name: str, said: Mapping[str, Any]) -> Entry:
     attributes = said.get("_data")
-    module, _, parameter = name.rpartition(".")
-    prefixes = (f"{module}._{parameter}_", f"{name}:")
+    prefixes = (_place(name, ""), f"{name}:")
     fields = said.get("_tensor_data_names")
     if fields is None:
         fields = [field for field in _OLD_FIELDS if f"{name}:{field}" in stored.tensors]

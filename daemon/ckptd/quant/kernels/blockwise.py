@@ -58,7 +58,7 @@ class _Source:
             target[:head].copy_(block[skipped:])
             target, first = target[head:], first + 1
         held = _HELD_SCALES if self._on_cpu else -(-len(target) // self._block)
-        for place, part in enumerate(target.split(max(1, held) * self._block)):
+        for place, part in enumerate(torch.split(target, max(1, held) * self._block)):
             self._whole_blocks(part, first + place * held)
 
     def _whole_blocks(self, target: torch.Tensor, first: int) -> None:
@@ -68,9 +68,11 @@ class _Source:
         at_once = _PIECES * steps.PIECE_ELEMENTS // block if self._on_cpu else num_blocks
         blocks = max(1, at_once)
         start = first * block // 2
-        codes = self._codes[start : start + -(-len(target) // 2)].split(blocks * block // 2)
-        scales = self._scales.of(first, first + num_blocks)[:, None].split(blocks)
-        for code, scale, out in zip(codes, scales, target.split(blocks * block), strict=True):
+        held = self._codes[start : start + -(-len(target) // 2)]
+        codes = torch.split(held, blocks * block // 2)
+        scales = torch.split(self._scales.of(first, first + num_blocks)[:, None], blocks)
+        pieces = torch.split(target, blocks * block)
+        for code, scale, out in zip(codes, scales, pieces, strict=True):
             out.copy_(self._room.values(code, scale, len(out)))
 
 

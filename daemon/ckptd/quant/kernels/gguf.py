@@ -52,7 +52,7 @@ UNPACK: dict[str, Unpack] = {
     "IQ1_M": gguf_iq.iq1_m,
 }
 
-_LARGER = 4
+_LARGER = 2
 """By how much pieces are larger than `steps.PIECE_ELEMENTS`."""
 
 _HALVES: dict[str, tuple[int, int]] = {
