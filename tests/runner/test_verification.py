@@ -144,6 +144,31 @@ def test_a_dequantized_model_is_compared_with_its_quantized_source(
     assert found["parameters"] == sum(value.numel() for value in state.values())
 
 
+def test_a_model_of_sound_is_loaded_and_not_run(tmp_path: Path) -> None:
+    """Whoever takes neither tokens nor pictures is checked, and the report says that nothing ran."""
+    path = tmp_path / "runs" / "checkpoint-6"
+    config = transformers.WhisperConfig(
+        vocab_size=61, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=8,
+        max_source_positions=12, max_target_positions=20, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(path)
+    outcome = Bench(source=path, root=tmp_path).run("- verify")
+    assert any("input_features" in text for text in outcome.reports["verify"]["warnings"])
+
+
+def test_a_forward_that_fails_is_a_problem(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that does not run is not verified, and the error says why."""
+
+    def fails(*_: object) -> None:
+        raise ValueError("no such sizes")
+
+    monkeypatch.setattr(verification, "_run", fails)
+    with pytest.raises(errors.CheckFailed, match="no such sizes"):
+        llama.run("- verify")
+
+
 def test_a_source_that_does_not_load_is_a_problem(llama: Bench) -> None:
     """What cannot be compared, though it was asked for, is never called verified."""
     wanted = Verification(

@@ -21,6 +21,8 @@ from ckptd.quant import configuration
 
 _NUM_TOKENS = 16
 _LISTED = 5
+_INPUTS = frozenset({"input_ids", "pixel_values"})
+"""What a forward can be given here; models of sound and of other things are loaded alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +135,15 @@ def _examine(
         model = _elsewhere(folder, model, device, found)
         if model is None:
             return None, None
+    if model.main_input_name not in _INPUTS:
+        found.notes.append(f"not run: it takes {model.main_input_name}, which nobody makes here")
+        return None, None
     ids = _tokens(model, wanted, device)
-    logits = _run(model, ids)
+    try:
+        logits = _run(model, ids)
+    except (RuntimeError, ValueError) as error:
+        found.problems.append(f"a forward fails: {error}")
+        return None, None
     found.facts["logits"] = {"shape": list(logits.shape)}
     if not bool(logits.isfinite().all()):
         found.problems.append("a forward gives values that are not finite")

@@ -256,3 +256,28 @@ def test_stacked_experts_get_the_names_of_the_architecture(
     for number, expected in enumerate(stacked):
         assert torch.equal(found[name.format(number)], expected)
     assert not any("switch_mlp" in key for key in found)
+
+
+@pytest.mark.parametrize(
+    ("config", "renamed", "named"),
+    [
+        ({"model_type": "deepseek_v3"}, f"{LAYER}.self_attn.embed_q", "embed_q"),
+        ({"model_type": "kimi_k2"}, f"{LAYER}.self_attn.unembed_out", "unembed_out"),
+        ({"model_type": "qwen3_next"}, None, "norm"),
+        ({"text_config": {"model_type": "qwen3_5_text"}}, None, "norm"),
+        ({"model_type": "gpt2"}, None, "transposes"),
+        ({"model_type": "gpt_oss", "num_local_experts": 3}, None, "gate_proj"),
+        ({"text_config": {"num_local_experts": 3}}, None, "gate_proj"),
+    ],
+)
+def test_what_mlx_stores_otherwise_is_refused(
+    config: dict[str, Any], renamed: str | None, named: str, tmp_path: Path
+) -> None:
+    """Weights that mlx-lm divides, shifts, transposes or stacks would load nowhere else."""
+    tensors, said = _case("mlx_affine", "")
+    tensors["model.norm.weight"] = torch.ones(8)
+    for name in [name for name in tensors if renamed and "switch_mlp" in name]:
+        tensors[f"{renamed}.{name.rpartition('.')[2]}"] = tensors.pop(name)
+    _write(tmp_path, tensors, said | config)
+    with pytest.raises(CheckpointUnsupported, match=named):
+        decoding.find(tmp_path)

@@ -5,8 +5,8 @@
 biases. Modules that config.json does not describe are told by their shapes, as mlx-lm tells them,
 where these allow one answer alone.
 
-Stacked experts are taken apart where that is how the architecture is published (`mlx_experts`);
-all other names and plain tensors stay as MLX has them. Linear layers and embeddings are as everywhere;
+Stacked experts are taken apart where that is how the architecture is published (`mlx_experts`), and
+what mlx-lm changes otherwise is refused (`mlx_changed`); all other tensors stay as MLX has them. Linear layers and embeddings are as everywhere;
 convolutions are channels last, which their names do not tell for sure, so they are refused.
 
 Source: mlx 0.32 (`quantize`, `dequantize`), mlx-lm 0.32, transformers 5.24 (metal).
@@ -23,7 +23,7 @@ from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import StoredTensor
 from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 from ckptd.quant import parts
-from ckptd.quant.formats import mlx_experts
+from ckptd.quant.formats import mlx_changed, mlx_experts
 from ckptd.quant.formula import Formula
 from ckptd.quant.formulas.fp4 import Fp4
 from ckptd.quant.formulas.packed import Packed
@@ -135,6 +135,7 @@ class Mlx:
         )
         if declared.get("quant_method") != "metal":
             _refuse_convolutions(stored)
+            mlx_changed.refuse(stored, groups)
         return Found(groups=groups)
 
 
