@@ -215,7 +215,9 @@ def _skip(cursor: Cursor, array: Array, key: str, *, depth: int) -> None:
         cursor.skip_texts(array.count, key)
     elif array.element == _ARRAY:
         if depth >= MAX_NESTING:
-            raise CheckpointCorrupt("arrays lie too deep in one another", path=cursor.path, found=key)
+            raise CheckpointCorrupt(
+                "arrays lie too deep in one another", path=cursor.path, found=key
+            )
         for _ in range(array.count):
             element, count = cursor.unpack("IQ", key)
             _skip(cursor, Array(element, count, cursor.position), key, depth=depth + 1)

@@ -135,7 +135,9 @@ def _factors(facts: Facts, name: str) -> list[float]:
         raise CheckpointCorrupt("ends early", path=facts.path, tensor=name)
     values = struct.unpack(f"<{spec.numel}f", raw)
     if not all(math.isfinite(value) and value > 0 for value in values):
-        raise CheckpointCorrupt("has factors that are no positive numbers", path=facts.path, tensor=name)
+        raise CheckpointCorrupt(
+            "has factors that are no positive numbers", path=facts.path, tensor=name
+        )
     return [float(f"{value:.7g}") for value in values]
 
 
