@@ -149,10 +149,7 @@ def test_the_newer_of_two_sets_of_weights_wins(make_folder: Any, arrays: Any) ->
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("pytorch_model.bin", "pickled"),
-        ("adapter_model.safetensors", "adapter"),
         ("model.fp16.safetensors", "variant"),
-        ("__0_0.distcp", "distributed"),
     ],
 )
 def test_weights_of_another_kind_are_refused_by_name(

@@ -46,7 +46,7 @@ def test_a_definition_may_name_the_layout(tmp_path: Path) -> None:
     listing = list_files(tmp_path)
     assert layouts.choose(tmp_path, listing, "hf-trainer")[0].name == "hf-trainer"
     with pytest.raises(CheckpointUnsupported, match="hf-trainer"):
-        layouts.choose(tmp_path, listing, "orbax")
+        layouts.choose(tmp_path, listing, "unheard-of")
 
 
 @pytest.mark.parametrize(

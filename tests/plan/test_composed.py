@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from ckptd.checkpoint import header
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import FileStamp
 from ckptd.plan import blocks, evaluate, expression, plan
-from ckptd.plan.nodes import Cast, Concat, Expression, Load, LowRank, Tile, Tiles, View
+from ckptd.plan.nodes import Cast, Columns, Concat, Expression, Load, LowRank, Tile, Tiles, View
 from ckptd.plan.plan import Computed, Run
 from ckptd.plan.sources import Sources
 
@@ -126,7 +127,7 @@ def test_values_do_not_depend_on_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     assert isinstance(boxes, Tiles)
     merged = LowRank(loads["base"], loads["down"], loads["up"], 0.5, Dtype.BF16)
     before = [files.value(boxes), files.value(merged)]
-    monkeypatch.setattr(blocks, "_DECODED_BLOCK_BYTES", 1)
+    monkeypatch.setattr(blocks, "_MERGED_BLOCK_BYTES", 1)
     (segment,) = plan.segments_of("t", merged, 0)
     assert isinstance(segment, Computed)
     assert sum(len(batch) for batch in blocks.batches([segment])) == 30
@@ -181,3 +182,40 @@ def test_views_of_loads_stay_loads(tmp_path: Path) -> None:
     assert not isinstance(halved.source, View)
     with pytest.raises(ValueError, match="in one row"):
         expression.view(load, (4, 2))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_columns_of_a_factor(turned: bool, tmp_path: Path) -> None:
+    """Every third column of a matrix, as they are or as rows, in an adapter's product."""
+    factor, identity = torch.randn(14, 14), torch.eye(4)
+    wanted = factor[:, 1:13:3].T if turned else factor[:, 1:13:3]
+    tensors = {"factor": factor, "eye": identity if not turned else torch.eye(14)}
+    files = Files(tmp_path / "t.safetensors", tensors | {"base": torch.zeros(wanted.shape)})
+    up = Columns(files.loads["factor"], count=4, first=1, step=3, turned=turned)
+    assert up.shape == tuple(wanted.shape)
+    made = LowRank(files.loads["base"], files.loads["eye"], up, 1.0, Dtype.F32)
+    assert torch.equal(files.value(made), wanted)
+    assert torch.equal(files.value(expression.rows(made, 1, 3)), wanted[1:3])
+
+
+def test_columns_scaled_to_a_length(tmp_path: Path) -> None:
+    """Lengths are those of whole columns, however many blocks the tensor is divided into."""
+    rows = blocks.BLOCK_BYTES // 16 * 3
+    base, down, up = torch.randn(rows, 8), torch.randn(2, 8), torch.randn(rows, 2)
+    length = torch.rand(8)
+    files = Files(
+        tmp_path / "t.safetensors", {"base": base, "down": down, "up": up, "length": length}
+    )
+    one = LowRank(*(files.loads[name] for name in ("base", "down", "up")), 0.5, Dtype.F32)
+    made = dataclasses.replace(one, magnitude=files.loads["length"], whole=one)
+    assert len(list(blocks.batches(plan.segments_of("t", made, 0)))) > 1
+    exact = base.double() + 0.5 * up.double() @ down.double()
+    exact *= length / exact.norm(dim=0)
+    assert torch.allclose(files.value(made).double(), exact, atol=1e-6)
+
+
+def test_a_sum_without_a_second_factor(tmp_path: Path) -> None:
+    """A vector is added as it is, times the scale."""
+    files = Files(tmp_path / "t.safetensors", {"base": torch.ones(5), "up": torch.arange(5.0)})
+    made = LowRank(files.loads["base"], None, files.loads["up"], 2.0, Dtype.F32)
+    assert torch.equal(files.value(made), 1 + 2 * torch.arange(5.0))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ckptd.checkpoint import (
+    adapter_files,
     gguf_files,
     gguf_model,
     header,
@@ -20,8 +21,10 @@ from ckptd.checkpoint import (
     sidefiles,
     weights,
 )
+from ckptd.checkpoint.consolidate import consolidate, pickled
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import Listing, list_files
+from ckptd.checkpoint.pieces import Tensor
 from ckptd.errors import (
     CheckpointCorrupt,
     CheckpointIncomplete,
@@ -47,8 +50,10 @@ class Checkpoint:
     `tensors` is in source order: shards by name, tensors by offset. `config` is config.json as it
     is, `config_path` where it lies. `side_files` leaves config and weights out; `left_out` names
     files that are neither weights, trainer state nor known to travel. `metadata` is each header's.
+    An adapter's `config` is empty and its `config_path` adapter_config.json, a side file, too.
     `encodings` names the block type of tensors of GGUF files, which are `U8` here; without a
     config.json `config` is made from the metadata, and `config_path` is the GGUF file.
+    `masters` names float32 copies of weights that the config says to be of fewer bits.
     """
 
     path: Path
@@ -57,7 +62,7 @@ class Checkpoint:
     layout_reason: str
     config: Mapping[str, Any]
     config_path: Path
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Tensor]
     stamps: Mapping[Path, FileStamp]
     metadata: tuple[Mapping[str, str], ...]
     side_files: tuple[SideFile, ...]
@@ -65,11 +70,12 @@ class Checkpoint:
     notes: tuple[str, ...]
     step: int | None
     encodings: Mapping[str, str] = field(default_factory=dict)
+    masters: frozenset[str] = frozenset()
 
     @property
     def tensor_bytes(self) -> int:
         """The bytes of all tensors together."""
-        return sum(tensor.extent.nbytes for tensor in self.tensors.values())
+        return sum(tensor.spec.nbytes for tensor in self.tensors.values())
 
 
 def open_checkpoint(
@@ -78,12 +84,14 @@ def open_checkpoint(
     layout: str = "auto",
     assets: Path | None = None,
     name: str | None = None,
+    folder: Path | None = None,
     within: Path | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint in the folder at `path`, or in the GGUF file there.
+    """Return the checkpoint in the folder at `path`, or in the one file there.
 
     `assets` is a folder that gives config.json and side files where the checkpoint lacks them;
-    `name` is the trainer's name of the folder where `path` is a pin of it. Links are followed to
+    `name` is the trainer's name of the folder where `path` is a pin of it, `folder` its place: the
+    run's folder above may hold config and tokenizer of what is consolidated. Links are followed to
     targets inside `within`, by default the folder itself: only where a person named the folder
     may they lead further (a model cache, whose snapshot links to its blobs). A person has named
     `assets`, too: its links are followed.
@@ -96,7 +104,9 @@ def open_checkpoint(
         CheckpointRefused: a file cannot be read.
     """
     try:
-        return _opened(path, layout=layout, assets=assets, name=name, within=within)
+        named = path if name is None else path.with_name(name)
+        named = named if folder is None else folder
+        return _opened(path, layout=layout, assets=assets, named=named, within=within)
     except FileNotFoundError as error:
         raise CheckpointVanished(path=path) from error
     except OSError as error:
@@ -108,17 +118,20 @@ def open_checkpoint(
 
 
 def _opened(
-    path: Path, *, layout: str, assets: Path | None, name: str | None, within: Path | None
+    path: Path, *, layout: str, assets: Path | None, named: Path, within: Path | None
 ) -> Checkpoint:
-    if not path.is_dir() and not gguf_files.is_file(path):
+    if not path.is_dir() and not gguf_files.is_file(path) and not pickled.is_file(path):
         what = "a file; point at the folder that holds it" if path.exists() else "does not exist"
         raise CheckpointIncomplete(what, path=path, hint="check the path of the checkpoint")
-    single = not path.is_dir()
+    single = gguf_files.is_file(path)
     listing = gguf_files.beside(path) if single else list_files(path, within=within)
-    named = path if name is None else path.with_name(name)
     chosen, reason = layouts.choose(named, listing, layout)
     if chosen is layouts.LAYOUTS["gguf"]:
         return _opened_gguf(path, named.name, listing, reason, assets)
+    if chosen is layouts.LAYOUTS["peft"]:
+        return _opened_adapter(path, named.name, listing, reason, assets)
+    if chosen.name in layouts.FAMILIES:
+        return _opened_pieces(path, named, listing, chosen.name, reason, assets)
     found = weights.find(path, listing)
     config_path = _config_path(path, listing, assets)
     headers = [header.read(path / shard) for shard in found.shards]
@@ -138,6 +151,64 @@ def _opened(
         left_out=left_out,
         notes=found.notes,
         step=layouts.step_of(path, named.name),
+    )
+
+
+def _opened_pieces(
+    path: Path, named: Path, listing: Listing, layout: str, reason: str, assets: Path | None
+) -> Checkpoint:
+    """Return a checkpoint that is put together from pieces, or read from pickles."""
+    folder = path if path.is_dir() else path.parent
+    run = named.parent
+    found = consolidate.read(layouts.FAMILIES[layout], folder, listing, assets=assets, run=run)
+    gathered = found.gathered
+    side_files, left_out = _side_files(folder, listing, assets)
+    known = {file.relpath for file in side_files} | {weights.CONFIG_NAME}
+    extra: dict[str, SideFile] = {}
+    for file in found.beside:
+        if file.name not in known and file.name not in extra:
+            extra[file.name] = SideFile(relpath=file.name, path=file, nbytes=file.stat().st_size)
+    step = layouts.step_of(folder, named.name.partition(".")[0])
+    return Checkpoint(
+        path=path,
+        name=named.name,
+        layout=layout,
+        layout_reason=reason,
+        config=_checked_config(dict(found.config), found.config_path),
+        config_path=found.config_path,
+        tensors=gathered.tensors,
+        stamps=gathered.stamps,
+        metadata=gathered.metadata,
+        side_files=tuple(sorted((*side_files, *extra.values()), key=lambda one: one.relpath)),
+        left_out=left_out,
+        notes=gathered.notes,
+        step=gathered.step if step is None else step,
+        masters=gathered.masters,
+    )
+
+
+def _opened_adapter(
+    path: Path, name: str, listing: Listing, reason: str, assets: Path | None
+) -> Checkpoint:
+    """Return the adapter in the folder at `path`; its config is empty, for it has no model's."""
+    weights_path = path / adapter_files.find(path, listing.by_name)
+    said = adapter_files.read_config(path / adapter_files.CONFIG_NAME)
+    weight_file = header.read(weights_path)
+    side_files, left_out = _side_files(path, listing, assets)
+    return Checkpoint(
+        path=path,
+        name=name,
+        layout="peft",
+        layout_reason=reason,
+        config={},
+        config_path=path / adapter_files.CONFIG_NAME,
+        tensors=tensors_of(path, [weight_file], None),
+        stamps={weight_file.path: weight_file.stamp},
+        metadata=(weight_file.metadata,),
+        side_files=side_files,
+        left_out=left_out,
+        notes=(adapter_files.describe(said),),
+        step=layouts.step_of(path, name),
     )
 
 
@@ -214,7 +285,8 @@ def tensors_of(
 def identifying_files(source: Checkpoint) -> list[tuple[str, Path]]:
     """Return the files whose content identifies the checkpoint: weights, config, side files."""
     files = [(path.name, path) for path in source.stamps]
-    if source.config_path not in source.stamps:
+    sides = {file.path for file in source.side_files}
+    if source.config_path not in source.stamps and source.config_path not in sides:
         files.append((source.config_path.name, source.config_path))
     return files + [(file.relpath, file.path) for file in source.side_files]
 

@@ -13,7 +13,8 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptd.checkpoint import gguf_files, gguf_model, header, layouts, weights
+from ckptd.checkpoint import adapter_files, gguf_files, gguf_model, header, layouts, weights
+from ckptd.checkpoint.consolidate import consolidate
 from ckptd.checkpoint.listing import Listing
 from ckptd.errors import (
     CheckpointCorrupt,
@@ -110,6 +111,17 @@ def examine(
     try:
         if chosen is layouts.LAYOUTS["gguf"]:
             weight_names = _examine_gguf(path, names, assets)
+        elif chosen is layouts.LAYOUTS["peft"]:
+            weight_names = (adapter_files.find(path, names),)
+            header.read(path / weight_names[0])
+        elif chosen.name in layouts.FAMILIES:
+            base = path if path.is_dir() else path.parent
+            found = consolidate.read(
+                layouts.FAMILIES[chosen.name], base, listing, assets=assets, run=named.parent
+            )
+            weight_names = tuple(
+                file.relative_to(base).as_posix() for file in found.gathered.stamps
+            )
         else:
             weight_names = weights.find(path, listing).shards
             for shard in weight_names:

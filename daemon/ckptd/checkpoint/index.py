@@ -53,8 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_weight_map(path: Path) -> dict[str, str]:
-    """Return tensor name -> shard file name, as the index at `path` says.
+def read_weight_map(path: Path, *, suffix: str = ".safetensors") -> dict[str, str]:
+    """Return tensor name -> shard file name, as the index at `path` says; shards end in `suffix`.
 
     Raises:
         CheckpointCorrupt: no weight_map, or a shard name that is not a plain file name.
@@ -65,7 +65,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
             "the index has no weight_map", path=path, expected="an object of tensor -> shard"
         )
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        if not isinstance(shard, str) or not _is_plain_name(shard, suffix):
             raise CheckpointCorrupt(
                 "its shard is not a file name beside the index",
                 path=path,
@@ -93,10 +93,10 @@ def _require_whole_characters(value: Any, path: Path) -> None:
         raise CheckpointCorrupt("holds half a character (a lone surrogate)", path=path) from error
 
 
-def _is_plain_name(name: str) -> bool:
+def _is_plain_name(name: str, suffix: str) -> bool:
     return (
         bool(name)
         and name not in {".", ".."}
         and not any(c in name for c in ("/", "\\", "\0"))
-        and name.endswith(".safetensors")
+        and name.endswith(suffix)
     )

@@ -1,28 +1,34 @@
 """Reading pickles without executing them: data, tensors as places of bytes, and inert stand-ins.
 
 A pickle is a program that may call anything it can import. Here nothing is imported: every global
-becomes a subclass of `Inert`, a name that does nothing; an instance remembers arguments and state. Only what a checkpoint is made of has meaning: ordered dicts, sizes, and the
-functions with which torch rebuilds tensors from storages. The bytes of storages are not read; a
-tensor is a `TensorRef` to them. Sources: the pickle protocol (PEP 307, PEP 3154); `torch.save`.
+becomes a subclass of `Inert`, a name that does nothing; an instance remembers arguments and state.
+Only what a checkpoint is made of has meaning: ordered dicts, sizes, and the functions with which
+torch rebuilds tensors from storages. The bytes of storages are not read; a tensor is a `TensorRef`
+to them. Source: `torch.save`.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Callable, Iterable
+import math
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ckptd.checkpoint import dtypes
+from ckptd.checkpoint import dtypes, pickle_machine
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.pickle_machine import PickleError
 from ckptd.errors import CheckpointCorrupt
 
-MAX_PICKLE_BYTES = 512 << 20
-"""The names and shapes of a trillion parameters on thousands of ranks are below this."""
+MAX_PICKLE_BYTES = 128 << 20
+"""The names and shapes of a trillion parameters on a thousand ranks are below this."""
 MAX_GLOBALS = 10_000
 """Names of classes and functions; real files have some tens."""
+MAX_NAME = 1000
+MAX_AXES = 64
+"""Axes of a tensor; torch itself allows as many."""
+_LIMIT = 1 << 62
 
 _STORAGES = {
     "DoubleStorage": Dtype.F64,
@@ -41,73 +47,41 @@ _STORAGES = {
 """Storage classes of torch; an untyped one gets its dtype from the function that rebuilds."""
 
 
+_WRAPPER = "torch._utils._rebuild_wrapper_subclass"
+
+
 class Items(dict[Any, Any]):
     """An ordered dict; the attributes that one is given (a state_dict's versions) are not kept."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Take no state."""
-
-
-class _Sealed:
-    """A value that a pickle cannot change once it is made."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError(f"{type(self).__name__} has no state")
 
 
 class Inert:
     """What a class or function of the pickle would have made: arguments, state and items.
 
     Each global of a pickle is a subclass of its own with that `name`; the class itself stands for
-    the global. Calling it makes an instance, and nothing else happens.
+    the global. Making an instance remembers the call, and nothing else happens.
     """
 
+    __slots__ = ("args", "items", "kwargs", "state")
     name: ClassVar[str] = ""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
-        """Return a stand-in that remembers what it was called with."""
-        made = super().__new__(cls)
-        made.args, made.kwargs, made.state, made.items = args, kwargs, None, []
-        return made
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.state: Any = None
+        self.items: list[Any] = []
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    state: Any
-    items: list[Any]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing more."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.items.append((key, value))
-
-    def append(self, value: Any) -> None:
-        """Remember an element."""
-        self.items.append(value)
-
-    def extend(self, values: Iterable[Any]) -> None:
-        """Remember elements."""
-        self.items.extend(values)
-
-    def add(self, value: Any) -> None:
-        """Remember an element of a set."""
-        self.items.append(value)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
-        """Return what calling this would have made."""
-        return Inert(self, *args, **kwargs)
+    @property
+    def of(self) -> str:
+        """The name of the class this would be: that of what a wrapper function rebuilds."""
+        wrapped = name_of(self.args[0]) if self.name == _WRAPPER and self.args else ""
+        return wrapped or self.name
 
     def __repr__(self) -> str:
         return f"<{self.name} of {len(self.args)} arguments, not executed>"
 
 
 @dataclass(frozen=True, slots=True)
-class StorageRef(_Sealed):
+class StorageRef:
     """A storage of a torch file: its key there, dtype and number of elements."""
 
     key: str
@@ -116,7 +90,7 @@ class StorageRef(_Sealed):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorRef(_Sealed):
+class TensorRef:
     """A tensor as elements of a storage: offset and strides count elements."""
 
     storage: StorageRef
@@ -141,6 +115,17 @@ def name_of(value: Any) -> str:
     return value.name if isinstance(value, type) and issubclass(value, Inert) else ""
 
 
+def fields(value: Any) -> dict[str, Any]:
+    """Return the attributes that a stand-in (or its state) would have; empty for anything else."""
+    state = value.state if isinstance(value, Inert) else value
+    parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
+    found: dict[str, Any] = {}
+    for part in parts:
+        if isinstance(part, dict):
+            found |= {key: one for key, one in part.items() if isinstance(key, str)}
+    return found
+
+
 def loads(data: bytes, *, path: Path) -> Any:
     """Return the value of the pickle `data`, which lies in the file at `path`.
 
@@ -155,10 +140,10 @@ def loads(data: bytes, *, path: Path) -> Any:
             found=f"{len(data)}",
         )
     try:
-        return _Unpickler(io.BytesIO(data)).load()
+        return pickle_machine.run(data, _Meanings())
     except (
-        pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError,
-        AttributeError, RecursionError, MemoryError, OverflowError, ImportError,
+        PickleError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
+        OverflowError, MemoryError, struct.error,
     ) as error:  # fmt: skip
         raise CheckpointCorrupt(
             f"its pickle cannot be read: {type(error).__name__}: {error}"[:300],
@@ -167,44 +152,93 @@ def loads(data: bytes, *, path: Path) -> Any:
         ) from error
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that imports nothing."""
+class _Meanings:
+    """What globals, calls and storages of a pickle mean: a few known ones, else stand-ins."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
+    def __init__(self) -> None:
         self._stand_ins: dict[str, type[Inert]] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find(self, module: str, name: str) -> Any:
+        """Return the meaning of a global, or a stand-in of its name."""
         known = _KNOWN.get((module, name))
         if known is not None:
             return known
         full = f"{module}.{name}"
         if full not in self._stand_ins:
-            if len(self._stand_ins) >= MAX_GLOBALS:
-                raise pickle.UnpicklingError(f"more than {MAX_GLOBALS} classes")
-            self._stand_ins[full] = type("Inert", (Inert,), {"name": full})
+            if len(self._stand_ins) >= MAX_GLOBALS or len(full) > MAX_NAME:
+                raise PickleError(f"more than {MAX_GLOBALS} classes, or one of a very long name")
+            self._stand_ins[full] = type("Inert", (Inert,), {"name": full, "__slots__": ()})
         return self._stand_ins[full]
 
-    def persistent_load(self, pid: Any) -> StorageRef:
+    def persistent(self, pid: Any) -> StorageRef:
         """Return the storage that `("storage", class, key, location, numel)` names."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"unknown persistent id {pid!r}"[:200])
+            raise PickleError("a reference to something else than a storage")
         kind, key, numel = pid[1], pid[2], pid[4]
         name = name_of(kind).rpartition(".")[2]
-        if name not in _STORAGES or type(numel) is not int or numel < 0:
-            raise pickle.UnpicklingError(f"unknown storage {name!r} of {numel!r}"[:200])
-        return StorageRef(str(key), _STORAGES[name], numel)
+        if name not in _STORAGES or type(numel) is not int or not 0 <= numel < _LIMIT:
+            raise PickleError(f"unknown storage {name!r}")
+        if type(key) is not str:
+            raise PickleError("a storage without a key")
+        return StorageRef(key, _STORAGES[name], numel)
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a known function makes, or a stand-in that remembers the call."""
+        if isinstance(function, type) and issubclass(function, Inert):
+            return function(args, kwargs)
+        if isinstance(function, Inert):
+            return Inert((function, *args), kwargs)
+        if function in _CALLABLE:
+            return function(*args)
+        raise PickleError(f"a call of a {type(function).__name__}")
+
+    def build(self, made: Any, state: Any) -> None:
+        """Keep the state of a stand-in; a dict's is not kept, other values have none."""
+        if isinstance(made, Inert):
+            made.state = state
+        elif not isinstance(made, Items):
+            raise PickleError(f"a {type(made).__name__} has no state")
+
+    def extend(self, made: Any, values: list[Any]) -> None:
+        """Remember the elements of a stand-in."""
+        if not isinstance(made, Inert):
+            raise PickleError(f"a {type(made).__name__} has no elements")
+        made.items.extend(values)
+
+    def put(self, made: Any, key: Any, value: Any) -> None:
+        """Remember an item of a stand-in."""
+        self.extend(made, [(key, value)])
+
+
+def _size(values: Any = ()) -> tuple[Any, ...]:
+    if not isinstance(values, tuple | list) or len(values) > MAX_AXES:
+        raise PickleError("a size that is not one")
+    return tuple(values)
+
+
+def _items(pairs: Any = ()) -> Items:
+    """Return an ordered dict; protocols of old give its items as pairs."""
+    if not isinstance(pairs, list | tuple) or len(pairs) > MAX_AXES:
+        raise PickleError("a dict of something else than pairs")
+    found = Items()
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or type(pair[0]) is not str:
+            raise PickleError("a dict of something else than pairs")
+        found[pair[0]] = pair[1]
+    return found
 
 
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any, dtype: Dtype | None = None
 ) -> TensorRef:
-    sizes = [offset, *shape, *stride]
+    shape, stride = _size(shape), _size(stride)
     if not isinstance(storage, StorageRef) or len(shape) != len(stride):
-        raise pickle.UnpicklingError("a tensor without a storage")
-    if not all(type(size) is int and 0 <= size < 1 << 62 for size in sizes):
-        raise pickle.UnpicklingError(f"a tensor of shape {shape!r}"[:200])
-    return TensorRef(storage, offset, tuple(shape), tuple(stride), dtype or storage.dtype)
+        raise PickleError("a tensor without a storage")
+    if not all(type(size) is int and 0 <= size < _LIMIT for size in (offset, *shape, *stride)):
+        raise PickleError("a tensor of an impossible shape")
+    if math.prod(shape) >= _LIMIT:
+        raise PickleError("a tensor of more elements than any file has")
+    return TensorRef(storage, offset, shape, stride, dtype or storage.dtype)
 
 
 def _rebuild_tensor_v3(
@@ -228,15 +262,17 @@ def _rebuild_parameter(data: Any, *rest: Any) -> Any:
 
 def _rebuild_from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     """Rebuild a subclass as the tensor it wraps; one that holds others keeps its state."""
-    made = function(*args)
+    if type(args) is not tuple:
+        raise PickleError("arguments that are no tuple")
+    made = _Meanings().call(function, args, {})
     if isinstance(made, Inert):
         made.state = state
     return made
 
 
 _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): Items,
-    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): _items,
+    ("torch", "Size"): _size,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
@@ -245,3 +281,4 @@ _KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
 }
 """What has meaning: plain data, and the functions of `torch.save`."""
+_CALLABLE = tuple(set(_KNOWN.values()))

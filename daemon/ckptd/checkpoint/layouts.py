@@ -13,12 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ckptd.checkpoint import adapter_files
+from ckptd.checkpoint.consolidate import (
+    dcp,
+    dcp_safetensors,
+    pickled,
+    ranks,
+    refused,
+    zero,
+)
+from ckptd.checkpoint.consolidate.gathered import Family
 from ckptd.checkpoint.listing import Listing
 from ckptd.errors import CheckpointUnsupported
 
 TRAINER_STATE_NAME = "trainer_state.json"
 _STEP_FOLDER = re.compile(r"^checkpoint-(\d+)$")
 _STEP_IN_NAME = re.compile(r"(?:step|checkpoint|iter|ckpt)[-_]?(\d+)$|[-_](\d+)$", re.IGNORECASE)
+_TRAINER_ONLY = re.compile(r"^(trainer_state\.json|training_args\.bin|rng_state.*\.pth)$")
 _TRAINER_FILES = re.compile(r"^(optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$")
 
 
@@ -57,6 +68,8 @@ class HfTrainer:
     def recognise(self, folder_name: str, listing: Listing) -> str | None:
         """Return the file that only this trainer writes."""
         names = {file.relpath for file in listing.files}
+        if any(name.startswith("random_states_") for name in names):
+            return None  # of accelerate, which has an optimizer.bin, too, and no last file
         in_step_folder = _STEP_FOLDER.match(folder_name) is not None
         if TRAINER_STATE_NAME in names:
             return f"{TRAINER_STATE_NAME} is there"
@@ -81,6 +94,25 @@ class HfTrainer:
                 problem=f"global_step is {step}, the folder says {folder[1]}: of an earlier save",
             )
         return Marker(name=TRAINER_STATE_NAME, problem=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Peft:
+    """An adapter as PEFT saves it, alone or in a Trainer's checkpoint."""
+
+    name: str = "peft"
+
+    def recognise(self, folder_name: str, listing: Listing) -> str | None:
+        """Return the file of the adapter that is there."""
+        found = adapter_files.recognise({file.relpath for file in listing.files})
+        return None if found is None else f"{found} is there, and no whole model"
+
+    def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
+        """Return the Trainer's last file, where one saved it, else adapter_config.json."""
+        if HfTrainer().recognise(folder_name, listing) is not None:
+            return HfTrainer().marker(path, listing, folder_name)
+        there = adapter_files.CONFIG_NAME in {file.relpath for file in listing.files}
+        return Marker(name=adapter_files.CONFIG_NAME, problem=None if there else "not written yet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +153,56 @@ class GgufModel:
         return None
 
 
-LAYOUTS: dict[str, Layout] = {"hf-trainer": HfTrainer(), "gguf": GgufModel(), "hf": HfFolder()}
+@dataclass(frozen=True, slots=True)
+class Consolidated:
+    """A layout whose weights a family gathers; its last file is the Trainer's where that wrote."""
+
+    family: Family
+
+    @property
+    def name(self) -> str:
+        """The family's name."""
+        return self.family.name
+
+    def recognise(self, folder_name: str, listing: Listing) -> str | None:
+        """Return what the family recognises it by."""
+        return self.family.recognise(folder_name, listing)
+
+    def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
+        """Return trainer_state.json in a folder of the Trainer, else the family's last file."""
+        if any(_TRAINER_ONLY.match(name) for name in listing.by_name):
+            return HfTrainer().marker(path, listing, folder_name)
+        name = self.family.marker_name(folder_name, listing)
+        if name is None:
+            return None
+        return Marker(name=name, problem=None if name in listing.by_name else "not written yet")
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        refused.MEGATRON,
+        refused.MEGATRON_LEGACY,
+        refused.ORBAX,
+        refused.ZERO_UNIVERSAL,
+        zero.ZERO,
+        dcp_safetensors.DCP_SAFETENSORS,
+        dcp.DCP,
+        ranks.VERL,
+        ranks.FSDP_RANKS,
+        pickled.PICKLED,
+        pickled.LIGHTNING,
+    )
+}
+"""Layouts whose weights are gathered from pieces and pickles (or that are refused by name)."""
+
+LAYOUTS: dict[str, Layout] = {
+    "peft": Peft(),
+    **{name: Consolidated(family) for name, family in FAMILIES.items()},
+    "hf-trainer": HfTrainer(),
+    "gguf": GgufModel(),
+    "hf": HfFolder(),
+}
 """In the order in which they are asked."""
 
 
@@ -142,6 +223,15 @@ def choose(path: Path, listing: Listing, layout: str = "auto") -> tuple[Layout, 
         if reason is not None:
             return candidate, reason
     return LAYOUTS["hf"], "nothing else recognised it"
+
+
+def family_of(folder_name: str, listing: Listing, layout: str = "auto") -> Family | None:
+    """Return the family that gathers the weights of a folder of this name, if one does."""
+    try:
+        chosen, _ = choose(Path(folder_name), listing, layout)
+    except CheckpointUnsupported:
+        return None
+    return FAMILIES.get(chosen.name)
 
 
 def step_of(path: Path, folder_name: str) -> int | None:

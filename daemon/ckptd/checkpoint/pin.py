@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ckptd.checkpoint import sidefiles, writer
+from ckptd.checkpoint import layouts, sidefiles, writer
+from ckptd.checkpoint.consolidate.gathered import Family
 from ckptd.checkpoint.listing import ListedFile, Listing
 from ckptd.errors import CheckpointUnsupported, CkptdError, StorageFailed
 
@@ -44,7 +45,7 @@ _NO_LINK = frozenset(
     }
 )
 _COPY_BYTES = 1 << 20
-_MARKERS = frozenset({"trainer_state.json", "training_args.bin"})
+_MARKERS = frozenset({"trainer_state.json", "training_args.bin", "latest"})
 """Trainer state by which a layout and its end are told; never published."""
 
 
@@ -95,11 +96,16 @@ def probe(root: Path) -> PinMethod:
         source.unlink(missing_ok=True)
 
 
-def wanted(relpath: str) -> bool:
-    """Return whether a file is worth pinning: weights, config, markers and what travels."""
+def wanted(relpath: str, family: Family | None = None) -> bool:
+    """Return whether a file is worth pinning: weights, config, markers and what travels.
+
+    `family` knows the weights of its layout where they are named like the trainer's state.
+    """
     name = Path(relpath).name
     if name.startswith(".tmp") or name.endswith((".tmp", ".part")):
         return False
+    if family is not None and family.holds(relpath):
+        return True
     fate = sidefiles.fate(relpath)
     if fate is sidefiles.Fate.TRAINER_STATE:
         return name in _MARKERS
@@ -115,11 +121,12 @@ def refresh(source: Path, listing: Listing, pin_path: Path, method: PinMethod) -
         StorageFailed: the pin folder cannot be written.
     """
     linked, vanished = 0, []
+    family = layouts.family_of(source.name, listing)
     for file in listing.files:
-        if not wanted(file.relpath):
+        if not wanted(file.relpath, family):
             continue
         target = pin_path / file.relpath
-        how = _method_for(file.relpath, method)
+        how = _method_for(file.relpath, method, family)
         if _is_current(target, file.ino, file.size, file.mtime_ns, how):
             continue
         try:
@@ -175,10 +182,11 @@ def _target_of(path: Path, file: ListedFile) -> Path:
     return target
 
 
-def _method_for(relpath: str, method: PinMethod) -> PinMethod:
-    if method is PinMethod.HARD_LINK and sidefiles.fate(relpath) is not sidefiles.Fate.WEIGHTS:
-        return PinMethod.COPY
-    return method
+def _method_for(relpath: str, method: PinMethod, family: Family | None) -> PinMethod:
+    is_weights = sidefiles.fate(relpath) is sidefiles.Fate.WEIGHTS or (
+        family is not None and family.holds(relpath)
+    )
+    return PinMethod.COPY if method is PinMethod.HARD_LINK and not is_weights else method
 
 
 def _is_current(target: Path, ino: int, size: int, mtime_ns: int, method: PinMethod) -> bool:

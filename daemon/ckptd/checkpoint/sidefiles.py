@@ -24,6 +24,8 @@ class Fate(enum.Enum):
 
 _TRAINER_STATE = (
     "optimizer*",
+    "optim_world_size_*",
+    "extra_state_world_size_*",
     "scheduler*",
     "rng_state*",
     "random_states*",

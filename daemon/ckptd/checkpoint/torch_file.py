@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.checkpoint import inert
-from ckptd.checkpoint.header import Extent
+from ckptd.checkpoint.header import Extent, FileStamp
 from ckptd.checkpoint.inert import TensorRef
 from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 
-MAX_MEMBERS = 1_000_000
-"""More storages than any file of a checkpoint has."""
+MAX_DIRECTORY_BYTES = 32 << 20
+"""The list of members of half a million storages, more than any file of a checkpoint has."""
+_ENCRYPTED = 1
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _PICKLE_MAGIC = b"\x80"
@@ -36,6 +37,7 @@ class TorchFile:
     """What a file of `torch.save` holds: its value, with `TensorRef` for tensors, and storages."""
 
     path: Path
+    stamp: FileStamp
     value: Any
     storages: Mapping[str, Extent]
 
@@ -73,7 +75,8 @@ def read(path: Path, *, offset: int = 0, nbytes: int | None = None) -> TorchFile
         OSError: the file cannot be opened or read.
     """
     with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+        stamp = FileStamp.of(os.fstat(file.fileno()))
+        size = stamp.nbytes
         end = size if nbytes is None else offset + nbytes
         if end > size:
             raise CheckpointCorrupt(
@@ -86,17 +89,23 @@ def read(path: Path, *, offset: int = 0, nbytes: int | None = None) -> TorchFile
             raise _not_an_archive(path, magic)
         try:
             with zipfile.ZipFile(part) as archive:
-                return _read_archive(path, part, archive, offset)
-        except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError) as error:
+                return _read_archive(path, part, archive, offset, stamp)
+        except (
+            zipfile.BadZipFile,
+            struct.error,
+            EOFError,
+            NotImplementedError,
+            ValueError,
+        ) as error:
             raise CheckpointCorrupt(
                 f"not a whole archive: {error}", path=path, hint=_DAMAGED
             ) from error
 
 
-def _read_archive(path: Path, part: _Part, archive: zipfile.ZipFile, base: int) -> TorchFile:
+def _read_archive(
+    path: Path, part: _Part, archive: zipfile.ZipFile, base: int, stamp: FileStamp
+) -> TorchFile:
     members = archive.infolist()
-    if len(members) > MAX_MEMBERS:
-        raise CheckpointCorrupt(f"{len(members)} members in one archive", path=path)
     pickled = next((m for m in members if m.filename.endswith("/data.pkl")), None)
     if pickled is None:
         raise CheckpointUnsupported(
@@ -123,21 +132,24 @@ def _read_archive(path: Path, part: _Part, archive: zipfile.ZipFile, base: int) 
                 raise CheckpointUnsupported("its bytes are big-endian", path=path)
         elif member.filename.startswith(f"{prefix}data/"):
             storages[member.filename.removeprefix(f"{prefix}data/")] = extent
-    return TorchFile(path=path, value=inert.loads(raw, path=path), storages=storages)
+    value = inert.loads(raw, path=path)
+    return TorchFile(path=path, stamp=stamp, value=value, storages=storages)
 
 
 def _extent(path: Path, part: _Part, member: zipfile.ZipInfo, base: int) -> Extent:
     """Return where a member's bytes lie: behind its local header, stored and whole."""
-    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+    stored = member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & _ENCRYPTED
+    if not stored or member.compress_size != member.file_size:
         raise CheckpointUnsupported(
-            f"member {member.filename!r} is compressed",
+            f"member {member.filename!r} is compressed or encrypted",
             path=path,
             hint="torch.save stores its members: save the file again",
         )
-    head = part.at(member.header_offset, _LOCAL_HEADER.size)
+    head = part.at(max(0, member.header_offset), _LOCAL_HEADER.size)
     magic, name_length, extra_length = _LOCAL_HEADER.unpack(head)
     begin = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if magic != _ZIP_MAGIC or begin + member.file_size > part.nbytes:
+    is_inside = member.header_offset >= 0 and begin + member.file_size <= part.nbytes
+    if magic != _ZIP_MAGIC or not is_inside:
         raise CheckpointCorrupt(
             f"member {member.filename!r} lies outside of the archive", path=path, hint=_DAMAGED
         )
@@ -194,6 +206,8 @@ class _Part(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         """Return the next bytes."""
         wanted = self.nbytes - self._place if size is None or size < 0 else size
+        if wanted > MAX_DIRECTORY_BYTES:
+            raise zipfile.BadZipFile("its list of members is too long")
         data = self.at(self._place, wanted)
         self._place += len(data)
         return data

@@ -53,7 +53,7 @@ RunName = Annotated[
     ),
 ]
 LayoutName = Annotated[
-    str, typer.Option("--layout", metavar="NAME", help="auto, hf-trainer, hf or gguf.")
+    str, typer.Option("--layout", metavar="NAME", help="auto, or one that `ckptd inspect` names.")
 ]
 SettingsFile = Annotated[
     Path | None,

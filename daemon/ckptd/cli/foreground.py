@@ -27,6 +27,7 @@ from ckptd.checkpoint.listing import Listing
 from ckptd.cli import arguments
 from ckptd.cli.display import Display
 from ckptd.jobs.job import Outcome
+from ckptd.pipeline import bases
 from ckptd.pipeline import definition as definitions
 from ckptd.pipeline.definition import Definition
 from ckptd.runner import job, output
@@ -65,18 +66,23 @@ def execute(request: Request, display: Display, *, tell: Callable[[str], None]) 
         _protect(request, files)
         output.require_free(request.output_path, overwrite=request.overwrite)
     with _staging(request, files, tell) as staging:
-        digest, fingerprint = None, None
+        digest, fingerprint, base = None, None, None
         if request.push:
             fingerprint = listing.list_files(request.checkpoint_path).fingerprint_id
-            digest = _digest(request, display)
-        work = _work(request, staging.path, digest=digest, fingerprint=fingerprint)
+            digest, base = _digest(request, display)
+        work = _work(request, staging.path, digest=digest, fingerprint=fingerprint, base=base)
         outcome = anyio.run(functools.partial(job.execute, work, report=display.report))
         staging.holds_result = request.output_path is None and outcome.output_path is not None
         return outcome
 
 
 def _work(
-    request: Request, work_path: Path, *, digest: str | None, fingerprint: str | None
+    request: Request,
+    work_path: Path,
+    *,
+    digest: str | None,
+    fingerprint: str | None,
+    base: tuple[str, str] | None,
 ) -> Work:
     return Work(
         checkpoint_path=request.checkpoint_path,
@@ -94,14 +100,19 @@ def _work(
         within=arguments.ANYWHERE,
         byte_budget=request.settings.byte_budget,
         num_threads=request.settings.threads,
+        base_place=None if base is None else base[0],
+        base_digest=None if base is None else base[1],
         hub_patience=Backoff(
             attempts=100, total_s=request.patience_s, asked_longest_s=request.patience_s + 1
         ),
     )
 
 
-def _digest(request: Request, display: Display) -> str:
-    """Return the content digest of the checkpoint; reads every byte of it once."""
+def _digest(request: Request, display: Display) -> tuple[str, tuple[str, str] | None]:
+    """Return the content digest of the checkpoint; reads every byte of it once.
+
+    An adapter's covers the base it is merged into, whose place and own digest come second.
+    """
     source = checkpoint.open_checkpoint(
         request.checkpoint_path,
         layout=request.layout,
@@ -118,7 +129,17 @@ def _digest(request: Request, display: Display) -> str:
         display.identified(min(done, total), total)
         done += threads * content.BLOCK_BYTES
 
-    return content.digest(files, threads=threads, check=check)
+    digest = content.digest(files, threads=threads, check=check)
+    place = bases.locate(
+        request.definition.stages,
+        source,
+        beside=request.checkpoint_path,
+        endpoint=request.settings.hub_endpoint,
+    )
+    if place is None:
+        return digest, None
+    base_digest = bases.Digests().of(place)
+    return bases.together(digest, base_digest), (str(place), base_digest)
 
 
 def _protect(request: Request, files: Listing) -> None:

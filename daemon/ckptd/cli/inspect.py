@@ -16,6 +16,7 @@ from ckptd.cli.output import Output
 
 if TYPE_CHECKING:
     from ckptd.checkpoint.checkpoint import Checkpoint
+    from ckptd.checkpoint.pieces import Tensor
     from ckptd.pipeline.stage import StageContext
 
 SETTLE_S = 10.0
@@ -102,7 +103,7 @@ def _verdict(path: Path, layout: str, assets: Path | None) -> dict[str, Any]:
 def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
     by_dtype: Counter[str] = Counter()
     for tensor in source.tensors.values():
-        by_dtype[tensor.spec.dtype.value] += tensor.extent.nbytes
+        by_dtype[tensor.spec.dtype.value] += tensor.spec.nbytes
     quantization = _quantization(source)
     facts: dict[str, Any] = {
         "step": source.step,
@@ -126,12 +127,21 @@ def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
                 "name": name,
                 "dtype": tensor.spec.dtype,
                 "shape": tensor.spec.shape,
-                "nbytes": tensor.extent.nbytes,
-                "file": tensor.extent.path.name,
+                "nbytes": tensor.spec.nbytes,
+                "file": _file(tensor),
             }
             for name, tensor in source.tensors.items()
         ]
     return facts
+
+
+def _file(tensor: Tensor) -> str:
+    """Return the file that holds a tensor, or the first of several and their number."""
+    from ckptd.checkpoint import pieces
+
+    files = pieces.files_of(tensor)
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return files[0].name + more
 
 
 def _tied(source: Checkpoint) -> dict[str, Any]:
@@ -257,7 +267,9 @@ def _printed(facts: dict[str, Any]) -> dict[str, object]:
         "largest": "\n".join(
             f"{units.format_bytes(size)} {name}" for name, size in needs["largest"].items()
         ),
-        "travels": ", ".join(("config.json", *facts["side_files"])),
+        "travels": ", ".join(facts["side_files"])
+        if facts["layout"] == "peft"
+        else ", ".join(("config.json", *facts["side_files"])),
         "left out": ", ".join((*facts["left_out"], *facts["ignored_links"])) or None,
         "notes": "\n".join(facts["notes"]) or None,
     }

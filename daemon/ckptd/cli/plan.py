@@ -54,7 +54,7 @@ def plan(
 ) -> None:
     """Show stages, shards, bytes, peak memory and where it is pushed; reads no tensor byte."""
     from ckptd.checkpoint import checkpoint as checkpoints
-    from ckptd.pipeline import compose
+    from ckptd.pipeline import bases, compose
 
     wanted = arguments.definition(pipeline, sets, assets)
     limits = arguments.settings(settings)
@@ -63,7 +63,10 @@ def plan(
         path, layout=layout, assets=wanted.assets, within=arguments.ANYWHERE
     )
     push = _target(wanted, source, run or path.parent.name)
-    made = compose.from_headers(source, wanted.stages)
+    endpoint = limits.hub_endpoint
+    place = bases.locate(wanted.stages, source, beside=path, endpoint=endpoint)
+    base = None if place is None else bases.open_base(place, endpoint=endpoint)
+    made = compose.from_headers(source, wanted.stages, base=base)
     facts = _facts(source, wanted, made, push)
     from ckptd.runner import memory
 
@@ -124,6 +127,7 @@ def _facts(source: Checkpoint, wanted: Definition, made: Plan, push: Push | None
         "output_bytes": made.output_bytes,
         "num_parameters": made.num_parameters,
         "needs_torch": made.needs_torch,
+        "config": [] if made.config is None else ["config.json"],
         "side_files": [file.relpath for file in made.side_files],
         "left_out": source.left_out,
         "notes": source.notes,
@@ -180,7 +184,7 @@ def _print(facts: dict[str, Any], output: Output) -> None:
         "copies": size(facts["copied_bytes"]),
         "computes": f"{size(computed)} on {facts['device']}" if computed else "nothing, no torch",
         "writes": f"{size(facts['output_bytes'])} in {_files(len(facts['shards']))}",
-        "side files": ", ".join(("config.json", *facts["side_files"])),
+        "side files": ", ".join((*facts["config"], *facts["side_files"])),
         "left out": ", ".join(facts["left_out"]) or None,
         "peak memory": f"at most about {size(facts['peak_bytes'])}",
         "pushes": _push_text(facts["push"]),

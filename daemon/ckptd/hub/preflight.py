@@ -74,7 +74,9 @@ class Preflight:
             return None
         base = there if there is not None else self._local_card
         try:
-            merged = card.merge(base, tags=tags, name=repo_id.rpartition("/")[2])
+            merged = card.merge(
+                base, tags=tags, library=self._target.card_library, name=repo_id.rpartition("/")[2]
+            )
             if self.card_section is not None:
                 merged = card.with_section(merged, self.card_section)
         except errors.HubRejected as exc:

@@ -35,6 +35,8 @@ class Target:
     commit_description: str | None = None
     card_tags: tuple[str, ...] = ()
     """Merged into the tags of the revision's README.md; empty leaves the card alone."""
+    card_library: str = "transformers"
+    """`library_name` for a card that has none."""
     git_tag: str | None = None
     """A git tag put on exactly the commit of this push."""
 

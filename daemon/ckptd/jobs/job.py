@@ -100,6 +100,12 @@ class JobSpec:
     pipeline_digest: str
     target: str
     """Where it goes, placeholders resolved: `acme/run@main`. Empty where nothing is pushed."""
+    base_place: str | None = None
+    """What an adapter is merged into: a folder, or `owner/name@commit`."""
+    base_digest: str | None = None
+    """Digest of that folder's content, or the commit; `content_digest` covers it."""
+    base_fingerprint: str | None = None
+    """The state of that folder's files when the digest was taken."""
     created_at: float
 
     @property

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from ckptd import units
+from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.plan.draft import Draft
 from ckptd.plan.nodes import Expression
 from ckptd.quant.group import Stored
@@ -42,19 +43,30 @@ class StageOptions(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """An opened base model; `digest` is its commit, or of its content where that was taken."""
+
+    source: Checkpoint
+    name: str
+    digest: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
     """What a stage may ask besides its draft and options.
 
     `stored` is the checkpoint as the quantization formats see it, with the small reads they make.
     `same_content` says whether two expressions of equal dtype and shape hold the same bytes, or
     None in the first pass of planning, which reads headers alone. `device_bytes` gives the memory
-    of a device (`cpu`, `cuda`, `cuda:1`), or None where there is no such device.
+    of a device (`cpu`, `cuda`, `cuda:1`), or None where there is no such device. `base` is the model
+    that an adapter is merged into, where one is.
     """
 
     source_path: Path
     stored: Stored
     same_content: Callable[[Expression, Expression], bool | None]
     device_bytes: Callable[[str], int | None]
+    base: Base | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +81,5 @@ class Stage:
     repeatable: bool = False
     computes: bool = False
     """Whether it may need torch: a runner that is started ahead imports it then."""
+    takes_adapters: bool = False
+    """Whether it works on an adapter, too, which has no model's config."""

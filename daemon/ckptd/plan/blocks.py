@@ -25,6 +25,9 @@ _GROWN_BLOCK_BYTES = 4 * BLOCK_BYTES
 """Each block of grown rows is one more pass over the source: larger blocks, fewer passes."""
 _DECODED_BLOCK_BYTES = 2 * BLOCK_BYTES
 """Rows of a weight packed along its other axis are narrow columns in the file: wider blocks."""
+_MERGED_BLOCK_BYTES = 2 << 20
+"""Merging takes twice this in float32: more than 32 MB at a time is memory the C library gives back
+after each block, and page faults cost more than the mathematics."""
 _DECODE_WORKSPACE_BYTES = 8 << 20
 """What a kernel takes besides its sources and its result, at most."""
 _ELEMENTS_UNIT = 64
@@ -59,7 +62,8 @@ class Block:
             return cost
         workspace = min(_DECODE_WORKSPACE_BYTES, 16 * expression.numel(made))
         if not isinstance(made, Decode):
-            return cost + 8 * expression.numel(made)
+            whole = isinstance(made, LowRank) and made.whole is not None
+            return cost + 8 * expression.numel(made) + (4 * STATISTICS_BYTES if whole else 0)
         whole = made is self.value and len(made.span) == made.shape[made.axis]
         return cost + workspace + (0 if whole else _span_bytes(made))
 
@@ -112,6 +116,8 @@ def _division(segment: Computed) -> tuple[Expression, int, int]:
     else:
         decoded = _decoded_in(made)
         unit, wanted = 1 if decoded is None else decoded.formula.granule, _DECODED_BLOCK_BYTES
+        if isinstance(made, LowRank) and decoded is None:
+            wanted = _MERGED_BLOCK_BYTES
         nbytes = max(segment.nbytes, _loaded_bytes(made))
     step = wanted * made.shape[made.axis] // max(1, nbytes)
     return segment.value, made.axis, max(unit, step - step % unit)

@@ -12,9 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ckptd.checkpoint import adapter_files, layouts, pieces
 from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
+from ckptd.checkpoint.header import StoredTensor
+from ckptd.checkpoint.pieces import Tensor
+from ckptd.errors import CheckpointCorrupt
 from ckptd.plan import expression
-from ckptd.plan.nodes import Expression
+from ckptd.plan.nodes import Expression, Load, Tile
+
+CONSOLIDATED_SHARD_BYTES = 5_000_000_000
+"""Tensor bytes of an output file where the source's own division is by ranks: reshard's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +57,9 @@ class Draft:
     `max_shard_bytes` None keeps the source's division into files; `home` says in which source
     file a tensor lay. `config` is a fresh dict in each draft that changes it. `undecided` names
     tensors that may still go away when contents are compared. `hold_push` is a reason not to
-    publish; `verification` is asked of the output before it is.
+    publish; `verification` is asked of the output before it is. `adapter` says that these are an
+    adapter's tensors, without a model's config. `others` identify what else than the source goes in.
+    `in_pieces` says that the source is consolidated here: nothing else loads it as it is.
     """
 
     tensors: Mapping[str, Expression]
@@ -64,6 +73,9 @@ class Draft:
     hold_push: str | None = None
     verification: Verification | None = None
     reports: tuple[StageReport, ...] = ()
+    adapter: bool = False
+    others: tuple[str, ...] = ()
+    in_pieces: bool = False
 
     @property
     def tensor_bytes(self) -> int:
@@ -82,12 +94,35 @@ class Draft:
 
 
 def from_checkpoint(source: Checkpoint) -> Draft:
-    """Return the draft that is the checkpoint as it is."""
+    """Return the draft that is the checkpoint as it is.
+
+    Raises:
+        CheckpointCorrupt: the pieces of a tensor overlap.
+    """
     return Draft(
-        tensors={name: expression.load(tensor) for name, tensor in source.tensors.items()},
-        home={name: tensor.extent.path.name for name, tensor in source.tensors.items()},
+        tensors={name: _value(tensor) for name, tensor in source.tensors.items()},
+        home={name: pieces.files_of(tensor)[0].name for name, tensor in source.tensors.items()},
         config=source.config,
         source_config=source.config,
         config_path=source.config_path,
         side_files=source.side_files,
+        adapter=source.config_path.name == adapter_files.CONFIG_NAME,
+        max_shard_bytes=CONSOLIDATED_SHARD_BYTES if source.layout in layouts.FAMILIES else None,
+        in_pieces=source.layout in layouts.FAMILIES,
     )
+
+
+def _value(tensor: Tensor) -> Expression:
+    if isinstance(tensor, StoredTensor):
+        return expression.load(tensor)
+    boxes = [Tile(Load(box.extent, tensor.spec.dtype, box.shape), box.at) for box in tensor.boxes]
+    try:
+        whole = expression.tiles(boxes, tensor.grid)
+    except ValueError as error:
+        raise CheckpointCorrupt(
+            f"its pieces do not fit: {error}",
+            path=boxes[0].source.extent.path if isinstance(boxes[0].source, Load) else "",
+            tensor=tensor.spec.name,
+        ) from error
+    same = whole.shape == tensor.spec.shape
+    return whole if same else expression.view(whole, tensor.spec.shape)

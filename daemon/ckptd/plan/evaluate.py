@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from ckptd.plan.blocks import Block
 from ckptd.plan.buffers import BufferPool
 from ckptd.plan.nodes import (
     Cast,
+    Columns,
     Concat,
     Decode,
     Expression,
@@ -61,6 +63,8 @@ class Evaluator:
         self._sources = sources
         self._pinned = self._device.type == "cuda"
         self._pool = BufferPool(_pinned_memory if self._pinned else _private_memory)
+        self._norms: dict[LowRank, torch.Tensor] = {}
+        self._norms_lock = threading.Lock()
 
     def read(self, blocks: Sequence[Block], *, results: bool = True) -> Staged:
         """Return `blocks` with everything they load read into host memory.
@@ -184,6 +188,10 @@ class Evaluator:
                     place = whole[tuple(slice(at, at + length) for at, length in box)]
                     place.copy_(self._value(part.source, loaded, tensor))
                 return whole
+            case Columns(source=inner, first=first, step=step, count=count):
+                stop = first + step * (count - 1) + 1 if count else first
+                picked = self._value(inner, loaded, tensor)[:, first:stop:step]
+                return picked.T if value.turned else picked
             case LowRank():
                 return self._merged(value, loaded, tensor)
             case Grown():
@@ -194,18 +202,48 @@ class Evaluator:
         self, value: LowRank, loaded: dict[Reading, torch.Tensor], tensor: str
     ) -> torch.Tensor:
         """Return base and adapter together, computed in float32."""
-        down, up = (
-            self._value(one, loaded, tensor).to(torch.float32) for one in (value.down, value.up)
-        )
-        base = self._value(value.base, loaded, tensor).to(torch.float32, copy=True)
-        rows = base.view(len(up), -1)
-        rows.addmm_(up, down.reshape(down.shape[0], -1), alpha=value.scale)
+        base, rows = self._summed(value, loaded, tensor)
         if value.magnitude is not None:
-            length = self._value(value.magnitude, loaded, tensor).to(torch.float32)
-            rows.mul_((length.view(-1) / rows.norm(dim=1)).unsqueeze(1))
+            length = self._value(value.magnitude, loaded, tensor).to(torch.float32).flatten()
+            if value.whole is None:
+                rows.mul_((length / rows.norm(dim=1)).unsqueeze(1))
+            else:
+                rows.mul_(length / self._column_norms(value.whole, tensor))
         out = torch.empty_like(base, dtype=_torch_dtype(value.dtype))
         _cast_into(out, base, value.dtype, tensor)
         return out
+
+    def _summed(
+        self, value: LowRank, loaded: dict[Reading, torch.Tensor], tensor: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return base plus adapter in float32, and a view of it as a matrix."""
+        up = self._value(value.up, loaded, tensor).to(torch.float32)
+        base = self._value(value.base, loaded, tensor).to(torch.float32, copy=True)
+        rows = base.view(len(up), -1)
+        if value.down is None:
+            rows.add_(up.reshape(rows.shape), alpha=value.scale)
+            return base, rows
+        down = self._value(value.down, loaded, tensor).to(torch.float32)
+        rows.addmm_(up, down.reshape(down.shape[0], -1), alpha=value.scale)
+        return base, rows
+
+    def _column_norms(self, whole: LowRank, tensor: str) -> torch.Tensor:
+        """Return the length of each column of the sum, in float32: one pass over it, once."""
+        with self._norms_lock:
+            if whole not in self._norms:
+                num_rows, width = whole.up.shape[0], expression.numel(whole) // whole.up.shape[0]
+                squares = torch.zeros(width, dtype=torch.float64, device=self._device)
+                step = grown.step_rows(width)
+                for start in range(0, num_rows, step):
+                    stop = min(start + step, num_rows)
+                    part = expression.rows(whole, start, stop, axis=whole.axis)
+                    assert isinstance(part, LowRank)
+                    buffer, loaded = self._load(expression.loads(part))
+                    rows = self._summed(part, loaded, tensor)[1]
+                    squares += rows.square().sum(0, dtype=torch.float64)
+                    self._pool.give(buffer, len(buffer))
+                self._norms[whole] = squares.sqrt().to(torch.float32)
+            return self._norms[whole]
 
     def _parts(self, value: Decode, loaded: Mapping[Reading, torch.Tensor]) -> list[torch.Tensor]:
         """Return what the formula reads, as matrices on the device."""

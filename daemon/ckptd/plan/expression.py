@@ -8,6 +8,7 @@ loads) and can be copied byte for byte. Here nothing is read.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -16,6 +17,7 @@ from ckptd.checkpoint.header import Extent, StoredTensor
 from ckptd.plan.nodes import (
     ByRows,
     Cast,
+    Columns,
     Concat,
     Decode,
     Expression,
@@ -84,13 +86,20 @@ def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Express
         case Tiles() if source.axis == axis:
             return Tiles(tuple(_tile_rows(source.parts, start, stop, axis)), shape)
         case LowRank() if source.axis == axis:
-            magnitude = source.magnitude
+            magnitude, whole = source.magnitude, source.whole
+            if magnitude is not None and whole is None:
+                magnitude = rows(magnitude, start, stop)
             return dataclasses.replace(
                 source,
                 base=rows(source.base, start, stop, axis=axis),
                 up=rows(source.up, start, stop),
-                magnitude=None if magnitude is None else rows(magnitude, start, stop),
+                magnitude=magnitude,
             )
+        case Columns(turned=True):
+            first = source.first + start * source.step
+            return dataclasses.replace(source, first=first, count=stop - start)
+        case Columns(source=inner):
+            return dataclasses.replace(source, source=rows(inner, start, stop))
         case _:
             raise ValueError(f"{type(source).__name__} has its rows along axis {source.axis}")
 
@@ -225,16 +234,15 @@ def _own_readings(expression: Expression) -> Iterator[Reading]:
 def _sources(expression: Expression) -> Iterator[Expression]:
     """Yield the expressions whose values a value is computed from."""
     match expression:
-        case Cast(source=source) | View(source=source):
+        case Cast(source=source) | View(source=source) | Columns(source=source):
             yield source
         case Concat(parts=parts):
             yield from parts
         case Tiles(parts=boxes):
             yield from (box.source for box in boxes)
         case LowRank(base=base, down=down, up=up, magnitude=magnitude):
-            yield from (base, down, up)
-            if magnitude is not None:
-                yield magnitude
+            yield from (base, up)
+            yield from (one for one in (down, magnitude) if one is not None)
 
 
 def _tile_rows(parts: Sequence[Tile], start: int, stop: int, axis: int) -> Iterator[Tile]:
@@ -247,9 +255,17 @@ def _tile_rows(parts: Sequence[Tile], start: int, stop: int, axis: int) -> Itera
 
 
 def _require_apart(parts: Sequence[Tile]) -> None:
-    """Refuse parts that overlap: with the right number of elements they would leave a hole."""
-    for place, one in enumerate(parts):
-        for other in parts[place + 1 :]:
+    """Refuse parts that overlap: with the right number of elements they would leave a hole.
+
+    Parts are compared along the axis that divides them most, so that only neighbours are.
+    """
+    axes = range(len(parts[0].at))
+    axis = max(axes, key=lambda axis: len({part.at[axis] for part in parts}), default=0)
+    ordered = sorted(parts, key=lambda part: part.at[axis : axis + 1])
+    for place, one in enumerate(ordered):
+        for other in itertools.islice(ordered, place + 1, None):
+            if other.at and other.at[axis] >= one.at[axis] + one.source.shape[axis]:
+                break
             if all(
                 a < b + m and b < a + n
                 for a, n, b, m in zip(

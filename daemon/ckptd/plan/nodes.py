@@ -165,20 +165,48 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """Columns `first`, `first + step`, ... of a matrix, `count` of them; as rows, if `turned`.
+
+    `source` is `(rows, columns)` and small (a factor of an adapter): all of it is read for each
+    block of turned rows.
+    """
+
+    source: Expression
+    count: int
+    first: int = 0
+    step: int = 1
+    turned: bool = False
+
+    @property
+    def dtype(self) -> Dtype:
+        """The source's dtype."""
+        return self.source.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(rows, count)`, or `(count, rows)` if turned."""
+        rows = self.source.shape[0]
+        return (self.count, rows) if self.turned else (rows, self.count)
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
     """`base + scale * up @ down` in float32, rounded once to `dtype`: a merged LoRA adapter.
 
     `base` is a matrix, with any axes of length 1 before it; one of more axes counts as its first
-    axis times the others. `down` is `(rank, columns)`, `up` `(rows, rank)`. With `magnitude`, of
-    `(rows,)`, each row of the sum is scaled to that length (DoRA).
+    axis times the others. `down` is `(rank, columns)`, `up` `(rows, rank)`; without `down`, `up`
+    is added as it is. With `magnitude`, of `(rows,)`, each row of the sum is scaled to that length
+    (DoRA). A `magnitude` of `(columns,)` scales the columns of `whole`, of which this is some rows.
     """
 
     base: Expression
-    down: Expression
+    down: Expression | None
     up: Expression
     scale: float
     dtype: Dtype
     magnitude: Expression | None = None
+    whole: LowRank | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -191,7 +219,7 @@ class LowRank:
         return row_axis(self.shape)
 
 
-Expression = Load | Cast | Concat | Grown | Decode | View | Tiles | LowRank
+Expression = Load | Cast | Concat | Grown | Decode | View | Tiles | Columns | LowRank
 
 ByRows = Grown | Decode | Tiles | LowRank
 """What is made row by row, not element by element."""

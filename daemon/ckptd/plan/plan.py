@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ckptd.checkpoint import header, index
+from ckptd.checkpoint import adapter_files, header, index
 from ckptd.checkpoint.checkpoint import SideFile
 from ckptd.checkpoint.header import Extent, TensorSpec
 from ckptd.plan import expression, nodes, shards
@@ -69,15 +69,19 @@ class ShardPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that will be written, and what was decided on the way."""
+    """Everything that will be written, and what was decided on the way.
+
+    An adapter that stays one has no `config`. `others` are the draft's.
+    """
 
     shards: tuple[ShardPlan, ...]
     index: bytes | None
-    config: bytes
+    config: bytes | None
     side_files: tuple[SideFile, ...]
     reports: tuple[StageReport, ...]
     hold_push: str | None
     verification: Verification | None = None
+    others: tuple[str, ...] = ()
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -140,7 +144,9 @@ class Plan:
             value.update(f"{shard.name}\n".encode() + shard.head)
             for part in shard.segments:
                 value.update(_describe(part).encode() + b"\n")
-        value.update((self.index or b"") + self.config)
+        value.update((self.index or b"") + (self.config or b""))
+        for other in self.others:
+            value.update(f"{other}\n".encode())
         return "sha256:" + value.hexdigest()
 
     def _segments(self) -> Iterator[Segment]:
@@ -158,16 +164,18 @@ def make(draft: Draft) -> Plan:
         groups = shards.by_home(tensors)
     else:
         groups = shards.by_size(tensors, draft.max_shard_bytes)
-    names = shards.file_names(len(groups))
+    stem = adapter_files.STEM if draft.adapter else "model"
+    names = shards.file_names(len(groups), stem=stem)
     planned = tuple(_shard(name, group, draft) for name, group in zip(names, groups, strict=True))
     plan = Plan(
         shards=planned,
         index=None,
-        config=_config_bytes(draft),
+        config=None if draft.adapter else _config_bytes(draft),
         side_files=draft.side_files,
         reports=draft.reports,
         hold_push=draft.hold_push,
         verification=draft.verification,
+        others=draft.others,
     )
     if len(planned) < 2:
         return plan
@@ -291,7 +299,10 @@ def _describe_value(value: Expression) -> str:
         case nodes.Tiles(parts=tiles):
             boxes = (f"{tile.at}:{_describe_value(tile.source)}" for tile in tiles)
             return f"tiles({value.shape},{','.join(boxes)})"
-        case nodes.LowRank(base=base, down=down, up=up, magnitude=magnitude):
-            factors = ",".join(_describe_value(one) for one in (base, down, up))
-            length = None if magnitude is None else _describe_value(magnitude)
-            return f"lowrank({factors},{value.scale},{value.dtype},{length})"
+        case nodes.Columns(source=source, first=first, step=step, count=count):
+            return f"columns({first},{step},{count},{value.turned},{_describe_value(source)})"
+        case nodes.LowRank():
+            given = (value.base, value.down, value.up, value.magnitude)
+            factors = ",".join("none" if one is None else _describe_value(one) for one in given)
+            way = "rows" if value.whole is None else "columns"
+            return f"lowrank({factors},{value.scale},{value.dtype},{way})"

@@ -17,7 +17,10 @@ MAX_PEEK_BYTES = 1 << 16
 
 
 def of_checkpoint(source: Checkpoint) -> Stored:
-    """Return what formats may look at of an opened checkpoint; reads nothing yet."""
+    """Return what formats may look at of an opened checkpoint; reads nothing yet.
+
+    A tensor in several pieces is not among it: no format divides its codes among devices.
+    """
     documents = {file.relpath: file.path for file in source.side_files}
 
     def document(name: str) -> Mapping[str, Any] | None:
@@ -27,7 +30,11 @@ def of_checkpoint(source: Checkpoint) -> Stored:
         path=source.path,
         config=source.config,
         quantization=configuration.declared(source.config),
-        tensors=source.tensors,
+        tensors={
+            name: tensor
+            for name, tensor in source.tensors.items()
+            if isinstance(tensor, StoredTensor)
+        },
         metadata=source.metadata,
         document=document,
         peek=peek,

@@ -103,6 +103,7 @@ def _work(start: progress.Start) -> job.Work:
     return job.Work(
         checkpoint_path=Path(spec.pinned_path),
         name=spec.name,
+        source_path=Path(spec.source_path),
         run=spec.run,
         layout=spec.layout,
         definition=Definition.model_validate(spec.definition),
@@ -116,6 +117,9 @@ def _work(start: progress.Start) -> job.Work:
         within=None,
         byte_budget=start.byte_budget,
         num_threads=start.num_threads,
+        base_place=spec.base_place,
+        base_digest=spec.base_digest,
+        base_fingerprint=spec.base_fingerprint,
     )
 
 

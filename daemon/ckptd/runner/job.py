@@ -26,8 +26,9 @@ from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.errors import SourceChanged
 from ckptd.jobs import progress
 from ckptd.jobs.job import Outcome, State
-from ckptd.pipeline import compose, target
+from ckptd.pipeline import bases, compose, target
 from ckptd.pipeline.definition import Definition
+from ckptd.pipeline.stage import Base
 from ckptd.plan.plan import Plan
 from ckptd.plan.sources import Sources
 from ckptd.plan.stream import FinishedShard, Stream
@@ -65,6 +66,12 @@ class Work:
     within: Path | None
     byte_budget: int
     num_threads: int
+    source_path: Path | None = None
+    """The trainer's own place of what is read; None where that is the same."""
+    base_place: str | None = None
+    """What an adapter is merged into, where that was settled with the digest, which covers it."""
+    base_digest: str | None = None
+    base_fingerprint: str | None = None
     hub_patience: Backoff | None = None
     """How long a Hub that fails is tried again within the job; None for the publisher's default."""
 
@@ -96,17 +103,20 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     tally = Tally(report)
     tally.enter(Phase.PLANNING)
     source = await to_thread.run_sync(lambda: open_source(work))
+    base = await to_thread.run_sync(lambda: open_base(work, source), abandon_on_cancel=True)
     plan = await to_thread.run_sync(
-        lambda: compose.decided(source, work.definition.stages, check=from_thread.check_cancelled)
+        lambda: compose.decided(
+            source, work.definition.stages, base=base, check=from_thread.check_cancelled
+        )
     )
     tally.planned(plan)
-    push = None if plan.hold_push is not None else await _push(work, source, tally)
+    push = None if plan.hold_push is not None else await _push(work, source, plan, tally)
     if push is not None:
         tally.enter(Phase.CHECKING)
         await push.open()
     staging = Staging(work.work_path)
     async with tally.sampling():
-        made = await _produce(work, source, plan, staging, push, tally)
+        made = await _produce(work, source, base, plan, staging, push, tally)
         plan = made.plan
         published: dict[str, Any] = {}
         if plan.hold_push is not None:
@@ -152,7 +162,31 @@ def open_source(work: Work) -> Checkpoint:
         layout=work.layout,
         assets=work.definition.assets,
         name=work.name,
+        folder=work.source_path,
         within=work.within,
+    )
+
+
+def open_base(work: Work, source: Checkpoint) -> Base | None:
+    """Return the model that the adapter `source` is merged into; it may be fetched first. Blocks.
+
+    Raises:
+        CheckpointRefused, HubError, StorageFailed: see `bases.locate` and `bases.open_base`.
+    """
+    place = bases.locate(
+        work.definition.stages,
+        source,
+        beside=work.source_path or work.checkpoint_path,
+        endpoint=work.endpoint,
+        pinned=work.base_place,
+    )
+    if place is None:
+        return None
+    return bases.open_base(
+        place,
+        endpoint=work.endpoint,
+        digest=work.base_digest,
+        expected=work.base_fingerprint,
     )
 
 
@@ -169,6 +203,7 @@ class _Made:
 async def _produce(
     work: Work,
     source: Checkpoint,
+    base: Base | None,
     plan: Plan,
     staging: Staging,
     push: Push | None,
@@ -178,7 +213,8 @@ async def _produce(
     finished = await to_thread.run_sync(lambda: staging.resume(plan, hashed=push is not None))
     tally.enter(Phase.STREAMING)
     tally.reused(finished.values())
-    with Sources(source.stamps) as sources:
+    stamps = {**source.stamps, **({} if base is None else base.source.stamps)}
+    with Sources(stamps) as sources:
         stream = _stream(work, plan, staging, sources, tally, hashing=push is not None)
         async with anyio.create_task_group() as uploads:
 
@@ -205,6 +241,7 @@ async def _produce(
                         content_digest=work.content_digest,
                         pipeline=work.definition.pipeline,
                         pipeline_digest=work.pipeline_digest,
+                        base=None if base is None else {"name": base.name, "digest": base.digest},
                     ),
                 )
             )
@@ -247,7 +284,7 @@ async def _verified(
     return dataclasses.replace(plan, reports=reports, hold_push=hold), verdict.card_section
 
 
-async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:
+async def _push(work: Work, source: Checkpoint, plan: Plan, tally: Tally) -> Push | None:
     wanted = work.definition.push
     if wanted is None or not work.push:
         return None
@@ -259,6 +296,7 @@ async def _push(work: Work, source: Checkpoint, tally: Tally) -> Push | None:
         pipeline_digest=work.pipeline_digest,
         endpoint=work.endpoint,
         patience=work.hub_patience,
+        library="transformers" if plan.config is not None else "peft",
         report=tally.hub,
     )
     return made

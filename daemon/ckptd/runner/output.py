@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class Provenance:
     content_digest: str | None
     pipeline: str
     pipeline_digest: str
+    base: Mapping[str, str | None] | None = None
+    """Name and digest (or commit) of the model that an adapter was merged into."""
 
 
 def of_shard(shard: FinishedShard) -> OutputFile:
@@ -66,7 +68,10 @@ def write_side_files(
         NoSpace, StorageFailed: the folder cannot be written.
         SourceChanged: a file of the source is gone or has another size than it was planned with.
     """
-    contents: list[tuple[str, Callable[[], bytes]]] = [(CONFIG_NAME, lambda: plan.config)]
+    config = plan.config
+    contents: list[tuple[str, Callable[[], bytes]]] = []
+    if config is not None:
+        contents.append((CONFIG_NAME, lambda: config))
     contents += [(file.relpath, functools.partial(_read, file)) for file in plan.side_files]
     index = plan.index
     if index is not None:
@@ -184,6 +189,7 @@ def _encode(
             "step": source.step,
             "layout": source.layout,
             "digest": provenance.content_digest,
+            **({} if provenance.base is None else {"base": provenance.base}),
         },
         "pipeline": {
             "name": provenance.pipeline,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ckptd.aio.backoff import Backoff
 from ckptd.hub import push as hub_push
+from ckptd.hub.card import LIBRARY
 from ckptd.hub.client import HubClient
 from ckptd.hub.publisher import HubEvent, LocalFile, Publisher, Target
 from ckptd.pipeline import target
@@ -29,6 +30,7 @@ class HubPush:
         pipeline_digest: str,
         endpoint: str | None,
         patience: Backoff | None,
+        library: str = LIBRARY,
         report: Callable[[HubEvent], None],
     ) -> None:
         self._publisher = Publisher(
@@ -41,6 +43,7 @@ class HubPush:
                 commit_description=push.commit_description,
                 card_tags=tuple(push.tags),
                 git_tag=push.git_tag,
+                card_library=library,
             ),
             push_id=hub_push.push_id(
                 content_digest=content_digest,

@@ -47,7 +47,11 @@ class Tally:
     def planned(self, plan: Plan) -> None:
         """What will be done is decided; stage warnings are told."""
         self._plan = self._todo = plan
-        small = [len(plan.config), len(plan.index or b""), *(f.nbytes for f in plan.side_files)]
+        small = [
+            len(plan.config or b""),
+            len(plan.index or b""),
+            *(f.nbytes for f in plan.side_files),
+        ]
         self._upload_bytes = plan.output_bytes + sum(small)
         for stage in plan.reports:
             self.warned(stage)

@@ -29,6 +29,7 @@ from ckptd.pipeline.definition import Definition
 from ckptd.service import housekeeping
 from ckptd.service.board import Board
 from ckptd.service.definitions import Definitions
+from ckptd.service.identify import KnownBases
 from ckptd.service.intake import Intake
 from ckptd.service.notify import Notifier
 from ckptd.service.pins import Pins
@@ -55,6 +56,7 @@ class Daemon:
         self._board.definitions = lambda: self._definitions.statuses
         self._board.watches = self._watch_statuses
         self._identity = ""
+        self._bases = KnownBases(endpoint=settings.hub_endpoint)
         self._watchers: dict[str, list[Watcher]] = {}
         self._scopes: dict[str, tuple[Definition, anyio.CancelScope]] = {}
 
@@ -172,6 +174,7 @@ class Daemon:
                         watcher=watcher,
                         pins=pins,
                         store=store,
+                        bases=self._bases,
                         queued=worker.poke,
                     )
                     await group.start(intake.run)

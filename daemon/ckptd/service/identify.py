@@ -7,12 +7,44 @@ from pathlib import Path
 
 from ckptd import errors
 from ckptd.checkpoint import checkpoint, content, listing
+from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.jobs import job
 from ckptd.jobs.job import Job, JobSpec, State
 from ckptd.jobs.store import JobStore
+from ckptd.pipeline import bases as base_models
 from ckptd.pipeline import definition as definitions
 from ckptd.pipeline import target
 from ckptd.pipeline.definition import Definition, Watch
+
+
+class KnownBases:
+    """What identifies the models that adapters are merged into; shared by a daemon's intakes."""
+
+    def __init__(self, *, endpoint: str | None) -> None:
+        self._endpoint = endpoint
+        self._digests = base_models.Digests()
+
+    def of(
+        self,
+        definition: Definition,
+        source: Checkpoint,
+        *,
+        beside: Path,
+        check: Callable[[], None],
+    ) -> tuple[str, str, str | None] | None:
+        """Return place, digest and fingerprint of what `source` is merged into; None without a merge.
+
+        Raises:
+            CheckpointRefused: the base is not there, or cannot be opened.
+            HubError: its commit cannot be looked up.
+        """
+        place = base_models.locate(
+            definition.stages, source, beside=beside, endpoint=self._endpoint
+        )
+        if place is None:
+            return None
+        fingerprint = base_models.fingerprint(place)
+        return str(place), self._digests.of(place, check=check), fingerprint
 
 
 def spec_of(
@@ -22,6 +54,7 @@ def spec_of(
     definition: Definition,
     watch: Watch,
     frozen_path: Callable[[str], Path],
+    bases: KnownBases,
     now: float,
     check: Callable[[], None],
 ) -> JobSpec:
@@ -31,14 +64,19 @@ def spec_of(
     raise to stop. Blocks.
 
     Raises:
-        CheckpointRefused: it cannot be opened, or the push's placeholders cannot be filled.
+        CheckpointRefused: it cannot be opened, or the push's placeholders cannot be filled; or
+            the base that an adapter is merged into cannot be.
+        HubError: the base's commit cannot be looked up.
         SourceChanged: it was rewritten meanwhile.
     """
     before = listing.list_files(pin_path).fingerprint_id
     source = checkpoint.open_checkpoint(
-        pin_path, layout=watch.layout, assets=definition.assets, name=source_path.name
+        pin_path, layout=watch.layout, assets=definition.assets, folder=source_path
     )
     content_digest = content.digest(checkpoint.identifying_files(source), check=check)
+    base = bases.of(definition, source, beside=source_path, check=check)
+    if base is not None:
+        content_digest = base_models.together(content_digest, base[1])
     after = listing.list_files(pin_path).fingerprint_id
     if after != before:
         raise errors.SourceChanged(path=source_path, expected=before[:12], found=after[:12])
@@ -63,6 +101,9 @@ def spec_of(
         fingerprint=after,
         pipeline_digest=pipeline_digest,
         target=described,
+        base_place=None if base is None else base[0],
+        base_digest=None if base is None else base[1],
+        base_fingerprint=None if base is None else base[2],
         created_at=now,
     )
 

@@ -27,6 +27,7 @@ from ckptd.jobs.job import State
 from ckptd.jobs.store import JobStore, Sighting, Verdict
 from ckptd.pipeline.definition import Definition, Watch
 from ckptd.service import identify
+from ckptd.service.identify import KnownBases
 from ckptd.service.pins import Pins
 from ckptd.watch.watcher import Changed, Seen, Settled, Vanished, Watcher, WatchEvent
 
@@ -69,6 +70,7 @@ class Intake:
         watcher: Watcher,
         pins: Pins,
         store: JobStore,
+        bases: KnownBases,
         queued: Callable[[], None],
     ) -> None:
         self._definition = definition
@@ -76,6 +78,7 @@ class Intake:
         self._watcher = watcher
         self._pins = pins
         self._store = store
+        self._bases = bases
         self._queued = queued
         self._candidates: dict[Path, _Candidate] = {}
         self._log = log.bind(pipeline=definition.pipeline)
@@ -230,6 +233,7 @@ class Intake:
                 definition=self._definition,
                 watch=self._watch,
                 frozen_path=lambda job_id: self._pins.frozen_path(candidate.pin_path, job_id),
+                bases=self._bases,
                 now=time.time(),
                 check=from_thread.check_cancelled,
             )

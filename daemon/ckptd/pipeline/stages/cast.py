@@ -141,4 +141,5 @@ STAGE = Stage(
     plan=plan,
     rank=50,
     computes=True,
+    takes_adapters=True,
 )

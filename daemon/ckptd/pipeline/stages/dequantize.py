@@ -23,7 +23,7 @@ from ckptd.pipeline.stage import Patterns, Stage, StageContext, StageOptions
 from ckptd.pipeline.stages.cast import WeightDtype
 from ckptd.plan import dequantize, expression
 from ckptd.plan.draft import Draft, StageReport
-from ckptd.plan.nodes import Expression
+from ckptd.plan.nodes import Expression, Load
 from ckptd.quant import configuration, leftovers, registry
 from ckptd.quant.formula import Arith
 from ckptd.quant.group import Format, Found, Group, Stored
@@ -57,6 +57,8 @@ def plan(draft: Draft, options: DequantizeOptions, context: StageContext) -> Dra
         StageRefused: a pattern matches nothing, or the format cannot be left half quantized.
     """
     stored = _now_stored(draft, context)
+    if draft.in_pieces and stored.quantization:
+        _refuse_pieces(draft, context)
     chosen = registry.choose(stored)
     if chosen is None:
         leftovers.check(_specs(draft.tensors), path=context.source_path)
@@ -89,6 +91,23 @@ def plan(draft: Draft, options: DequantizeOptions, context: StageContext) -> Dra
     )
     report = _report(draft, changed, chosen, found, taken, options)
     return changed.with_report(report)
+
+
+def _refuse_pieces(draft: Draft, context: StageContext) -> None:
+    """Refuse quantized weights that lie in several pieces: formats read whole tensors.
+
+    Raises:
+        StageRefused: names the first.
+    """
+    for name, value in draft.tensors.items():
+        if not isinstance(value, Load):
+            raise StageRefused(
+                "is quantized and lies in several pieces",
+                stage="dequantize",
+                path=context.source_path,
+                tensor=name,
+                hint="consolidate first with a pipeline without stages, then dequantize the result",
+            )
 
 
 def _now_stored(draft: Draft, context: StageContext) -> Stored:

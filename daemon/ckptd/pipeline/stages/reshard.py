@@ -23,6 +23,9 @@ class ReshardOptions(StageOptions):
 def plan(draft: Draft, options: ReshardOptions, context: StageContext) -> Draft:
     """Return the draft with the limit set."""
     limit = options.max_shard_size
+    if draft.adapter:
+        summary = "an adapter stays one file, the only one that PEFT reads"
+        return draft.with_report(StageReport(stage="reshard", summary=summary))
     larger = [name for name, value in draft.tensors.items() if expression.nbytes(value) > limit]
     report = StageReport(
         stage="reshard",
@@ -39,4 +42,5 @@ STAGE = Stage(
     options=ReshardOptions,
     plan=plan,
     rank=90,
+    takes_adapters=True,
 )

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from ckptd.errors import StageRefused
 from ckptd.pipeline.stage import Stage, StageContext, StageOptions
 from ckptd.plan.draft import Draft, StageReport, Verification
 
@@ -34,7 +35,25 @@ class VerifyOptions(StageOptions):
 
 
 def plan(draft: Draft, options: VerifyOptions, context: StageContext) -> Draft:
-    """Return the draft with the checks noted."""
+    """Return the draft with the checks noted.
+
+    Raises:
+        StageRefused: it shall be compared with a source that is no model, or is in pieces.
+    """
+    if options.compare and draft.others:
+        raise StageRefused(
+            "there is no source to compare with: it is an adapter",
+            stage="verify",
+            path=context.source_path,
+            hint="leave compare out; the merged model is loaded and run all the same",
+        )
+    if options.compare and draft.in_pieces:
+        raise StageRefused(
+            "there is no source to compare with: it is loaded nowhere before it is consolidated",
+            stage="verify",
+            path=context.source_path,
+            hint="leave compare out; the consolidated model is loaded and run all the same",
+        )
     checks = ["load"]
     checks += ["forward"] * (options.forward or options.compare or options.generate > 0)
     checks += ["compare with the source"] * options.compare
