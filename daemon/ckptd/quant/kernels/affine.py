@@ -27,7 +27,8 @@ work does."""
 class Groups:
     """What belongs to each `(row, group)`, in float32, and which group a column is of.
 
-    `scale` and `zero` are `(rows, groups)`; a zero that is the same for all is 0-dimensional.
+    `scale` and `zero` are `(rows, groups)`; a zero that is the same for all is 0-dimensional, and a
+    whole number as the codes of `bits` are.
     `group` columns are one, unless `places` (int32) names each column's. A `scaled_zero` is added
     to the product instead. `divisor` is one value a column.
     """
@@ -35,6 +36,7 @@ class Groups:
     scale: torch.Tensor
     zero: torch.Tensor
     group: int
+    bits: int
     places: torch.Tensor | None = None
     scaled_zero: bool = False
     divisor: torch.Tensor | None = None
@@ -44,19 +46,31 @@ class Groups:
         """The columns of tiles are a multiple of this, whatever the tile."""
         return 1 if self.places is not None or self.scale.shape[1] == 1 else self.group
 
-    def apply(self, values: torch.Tensor, rows: slice, columns: slice) -> None:
-        """Make codes in float32 what they mean, in place: `values` is contiguous and lies at `rows`
-        and `columns`, which begin at a `step`.
+    def values(
+        self, codes: torch.Tensor, room: torch.Tensor, rows: slice, columns: slice
+    ) -> torch.Tensor:
+        """Return `room`, float32 of the shape of `codes` and contiguous, with what they mean.
+
+        `codes` (`U8`) lie at `rows` and `columns`, which begin at a `step`.
         """
-        if self.zero.ndim == 0:
-            values.sub_(self.zero)
-        elif not self.scaled_zero:
-            self._spread(torch.sub, values, self.zero[rows], columns)
-        self._spread(torch.mul, values, self.scale[rows], columns)
+        room.copy_(self._less_zero(codes))
+        if self.zero.ndim and not self.scaled_zero:
+            self._spread(torch.sub, room, self.zero[rows], columns)
+        self._spread(torch.mul, room, self.scale[rows], columns)
         if self.scaled_zero:
-            self._spread(torch.add, values, self.zero[rows], columns)
+            self._spread(torch.add, room, self.zero[rows], columns)
         if self.divisor is not None:
-            values.div_(self.divisor[columns])
+            room.div_(self.divisor[columns])
+        return room
+
+    def _less_zero(self, codes: torch.Tensor) -> torch.Tensor:
+        """Return codes less a zero that is the same for all, where there is one, as integers."""
+        if self.zero.ndim:
+            return codes
+        zero = int(self.zero)
+        if (1 << self.bits) - 128 <= zero <= 128:  # bytes wrap around: their difference is signed
+            return codes.sub(zero).view(torch.int8)
+        return codes.to(torch.int16).sub_(zero)
 
     def _spread(
         self, operation: grid.Operation, x: torch.Tensor, values: torch.Tensor, columns: slice

@@ -22,8 +22,6 @@ _SIGNS = -0x77777778
 falls out of the difference of code and zero."""
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where each of eight neighbours lies among them in the file."""
-_LANES = ((0, 2), (4, 6), (1, 3), (5, 7))
-"""Which of eight outputs the low and the high nibble of each byte of a word belong to."""
 
 
 def decode_across(
@@ -39,6 +37,7 @@ def decode_across(
         scale=scale.T.float().contiguous(),
         zero=zeros if zeros.ndim == 0 else zeros.T.contiguous(),
         group=formula.group,
+        bits=formula.bits,
         divisor=_divisor(act),
     )
     tiles = affine.tiles(
@@ -51,10 +50,7 @@ def decode_across(
         tile = words[along, held] ^ flip if flip else words[along, held]
         count = down.stop - down.start
         codes = _nibble_rows(tile)[:count] if lanes else _in_order(tile, formula, count).T
-        values = work.like(codes)
-        values.copy_(codes)
-        groups.apply(values, down, along)
-        out[down, along].copy_(values)
+        out[down, along].copy_(groups.values(codes, work.like(codes), down, along))
 
 
 def _in_order(words: torch.Tensor, formula: Across, count: int) -> torch.Tensor:
@@ -71,15 +67,17 @@ def _nibble_rows(words: torch.Tensor) -> torch.Tensor:
     """Return the transposed codes, `U8` of `(8 * words, rows)`, of interleaved nibbles."""
     rows, count = words.shape
     turned = words.new_empty((count, rows)).copy_(words.contiguous().T)
-    codes = torch.empty((count, _EIGHT, rows), dtype=torch.uint8, device=words.device)
-    byte = torch.empty((count, rows), dtype=torch.uint8, device=words.device)
-    for place, (low, high) in enumerate(_LANES):
+    raw = torch.empty((count, 4, rows), dtype=torch.uint8, device=words.device)
+    for place in range(4):
         if place:
             turned.bitwise_right_shift_(8)
-        byte.copy_(turned)  # the low 8 bits
-        torch.bitwise_and(byte, 15, out=codes[:, low])
-        torch.bitwise_right_shift(byte, 4, out=codes[:, high])
-    return codes.flatten(0, 1)
+        raw[:, place].copy_(turned)  # the low 8 bits
+    # Byte 2 * a + b of a word has output 4 * b + a in its low nibble, and the second next above it.
+    both = raw.view(count, 2, 2, rows).transpose(1, 2)
+    codes = torch.empty((count, 2, 2, 2, rows), dtype=torch.uint8, device=words.device)
+    torch.bitwise_and(both, 15, out=codes[:, :, 0])
+    torch.bitwise_right_shift(both, 4, out=codes[:, :, 1])
+    return codes.flatten(0, 3)
 
 
 def decode_along(
@@ -92,6 +90,7 @@ def decode_along(
         scale=scale[:, :count].float(),
         zero=affine.zeros(bitstream.unpacked(packed, bits=4, columns=count)),
         group=formula.group,
+        bits=4,
         divisor=_divisor(act),
     )
     tiles = affine.tiles(
@@ -104,10 +103,7 @@ def decode_along(
     for down, along in tiles:
         held = raw[down, along.start // 2 : along.stop // 2].contiguous()
         codes = bitstream.unpacked(held, bits=4, columns=along.stop - along.start)
-        values = work.like(codes)
-        values.copy_(codes)
-        groups.apply(values, down, along)
-        out[down, along].copy_(values)
+        out[down, along].copy_(groups.values(codes, work.like(codes), down, along))
 
 
 def decode_quads(
@@ -119,6 +115,7 @@ def decode_quads(
         scale=scale.T.float().contiguous(),
         zero=zero.T.float().contiguous(),
         group=formula.group,
+        bits=4,
         scaled_zero=True,
         divisor=_divisor(act),
     )
@@ -132,10 +129,7 @@ def decode_quads(
     for down, along in tiles:
         tile = raw[down.start // QUAD : down.stop // QUAD, along.start * 2 : along.stop * 2]
         codes = _unwoven(tile)
-        values = work.like(codes)
-        values.copy_(codes)
-        groups.apply(values, down, along)
-        out[down, along].copy_(values)
+        out[down, along].copy_(groups.values(codes, work.like(codes), down, along))
 
 
 def _unwoven(raw: torch.Tensor) -> torch.Tensor:

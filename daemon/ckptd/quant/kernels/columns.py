@@ -43,10 +43,7 @@ def decode_columns(
         held = formula.words(range(along.start, along.stop))
         raw = _turned(words[held.start : held.stop, down])
         codes = _codes(raw, formula, along.stop - along.start)
-        values = work.like(codes)
-        values.copy_(codes)
-        groups.apply(values, down, along)
-        target[down, along].copy_(values)
+        target[down, along].copy_(groups.values(codes, work.like(codes), down, along))
 
 
 def _turned(words: torch.Tensor) -> torch.Tensor:
@@ -93,6 +90,7 @@ def _groups(
         scale=scale[skipped:].T.float().contiguous(),
         zero=zeros if zeros.ndim == 0 else zeros[skipped:].T.contiguous(),
         group=formula.group,
+        bits=formula.bits,
         places=places,
     )
 

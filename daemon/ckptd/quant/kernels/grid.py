@@ -21,8 +21,9 @@ def rows_of(grid: torch.Tensor, rows: slice, block_rows: int) -> torch.Tensor:
     found = float8.values(grid[first : last + 1])
     if block_rows == 1 or first == last:
         return found
-    places = torch.arange(rows.start, rows.stop, device=grid.device) // block_rows - first
-    return found.index_select(0, places)
+    spread = found[:, None].expand(-1, block_rows, -1).flatten(0, 1)
+    skipped = rows.start - first * block_rows
+    return spread[skipped : skipped + rows.stop - rows.start]
 
 
 def apply(operation: Operation, x: torch.Tensor, grid: torch.Tensor, block_columns: int) -> None:
