@@ -139,9 +139,9 @@ def _on_device(batch: evaluate.Staged, block: blocks.Block, device: str) -> Call
     """Return what decodes a block whose bytes are on the device."""
     value = block.value
     assert isinstance(value, Decode)
-    parts = [decoded.as_matrix(batch.loaded[window].to(device), window) for window in value.windows]
+    loaded = {window: batch.loaded[window].to(device) for window in value.windows}
     out = torch.empty(value.shape, dtype=torch.bfloat16, device=device)
-    return functools.partial(decoded.into, out, value, parts, block.tensor)
+    return functools.partial(decoded.into, out, value, loaded, block.tensor)
 
 
 def copying(nbytes: int, *, device: str) -> list[Call]:

@@ -41,3 +41,11 @@ def test_wrong_settings(setting: str, what: str, stages: dict[str, Any]) -> None
         overrides.apply(base, [setting], stages=stages)
     assert setting in str(caught.value)
     assert what in str(caught.value)
+
+
+def test_a_pattern_without_quotes(stages: dict[str, Any]) -> None:
+    """An asterisk means something in YAML: the error says how a pattern is written."""
+    base = definition.parse_definition(TEXT, "p.yaml", stages=stages)
+    with pytest.raises(errors.UsageError) as caught:
+        overrides.apply(base, ["resize.to=*norm*"], stages=stages)
+    assert """--set 'resize.to=["*norm*"]'""" in str(caught.value.hint)

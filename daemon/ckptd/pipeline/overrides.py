@@ -54,7 +54,11 @@ def _split(setting: str) -> tuple[str, str, Any]:
     try:
         return name, option, YAML(typ="safe", pure=True).load(text)
     except YAMLError as exc:
-        raise errors.UsageError(f"--set {setting}: the value cannot be read") from exc
+        raise errors.UsageError(
+            f"--set {setting}: the value cannot be read",
+            hint="values are YAML: patterns are quoted, and a list of them is "
+            f"""--set '{name}.{option}=["*norm*"]'""",
+        ) from exc
 
 
 def _text(error: ValidationError, name: str, stages: Mapping[str, StageKind] | None) -> str:

@@ -6,21 +6,24 @@ where that is the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
 
 import torch
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.errors import CheckFailed, CheckpointCorrupt
-from ckptd.plan.nodes import Decode
-from ckptd.quant.kernels import decode
+from ckptd.plan.nodes import Decode, Reading
+from ckptd.quant.kernels import decode, float8
 from ckptd.quant.parts import Window
 
 
-def into(out: torch.Tensor, value: Decode, parts: Sequence[torch.Tensor], tensor: str) -> None:
+def into(
+    out: torch.Tensor, value: Decode, loaded: Mapping[Reading, torch.Tensor], tensor: str
+) -> None:
     """Write the rows that `value` is into `out`, of its shape and dtype and contiguous.
 
-    `parts` are the matrices of `value.windows`, on the device of `out`.
+    `loaded` are the bytes of its windows, anywhere; they are computed with where `out` is.
 
     Raises:
         CheckpointCorrupt: a scale is infinite or not a number.
@@ -28,9 +31,12 @@ def into(out: torch.Tensor, value: Decode, parts: Sequence[torch.Tensor], tensor
     """
     if not out.numel():
         return
-    for window, part in zip(value.windows, parts, strict=True):
+    parts = []
+    for window in value.windows:
+        part = _as_matrix(loaded[window].to(out.device), window)
         if window.is_scale:
             _require_finite(part, window, tensor)
+        parts.append(part)
     formula, span = value.formula, value.span
     rows = out.view(value.shape[value.axis], formula.columns)
     if len(span) == len(rows):
@@ -44,7 +50,7 @@ def into(out: torch.Tensor, value: Decode, parts: Sequence[torch.Tensor], tensor
         _require_fitting(out, tensor)
 
 
-def as_matrix(raw: torch.Tensor, window: Window) -> torch.Tensor:
+def _as_matrix(raw: torch.Tensor, window: Window) -> torch.Tensor:
     """Return a window's bytes as `(rows, columns)` of its dtype; two `F4` stay one byte."""
     name = window.dtype.torch_name
     dtype = torch.uint8 if name is None else getattr(torch, name)
@@ -53,9 +59,11 @@ def as_matrix(raw: torch.Tensor, window: Window) -> torch.Tensor:
 
 
 def _require_finite(part: torch.Tensor, window: Window, tensor: str) -> None:
-    wide = part if part.dtype in (torch.float32, torch.float16, torch.bfloat16) else part.float()
-    if bool(torch.isfinite(wide).all()):
+    if not part.numel():
         return
+    wide = float8.values(part)
+    if all(math.isfinite(float(extreme)) for extreme in torch.aminmax(wide)):
+        return  # a NaN is an extreme, too
     raise CheckpointCorrupt(
         "a scale is infinite or not a number",
         path=window.path,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,7 +155,7 @@ class Evaluator:
         if isinstance(value, Cast) and out.device == self._device:
             _cast_into(out, self._value(value.source, loaded, tensor), value.dtype, tensor)
         elif isinstance(value, Decode) and out.device == self._device:
-            decoded.into(out, value, self._parts(value, loaded), tensor)
+            decoded.into(out, value, loaded, tensor)
         else:
             out.copy_(self._value(value, loaded, tensor))
 
@@ -175,7 +175,7 @@ class Evaluator:
                 return torch.cat([self._value(part, loaded, tensor) for part in parts], value.axis)
             case Decode():
                 out = torch.empty(value.shape, dtype=_torch_dtype(value.dtype), device=self._device)
-                decoded.into(out, value, self._parts(value, loaded), tensor)
+                decoded.into(out, value, loaded, tensor)
                 return out
             case View(source=inner):
                 return self._value(inner, loaded, tensor).view(value.shape)
@@ -244,12 +244,6 @@ class Evaluator:
                     self._pool.give(buffer, len(buffer))
                 self._norms[whole] = squares.sqrt().to(torch.float32)
             return self._norms[whole]
-
-    def _parts(self, value: Decode, loaded: Mapping[Reading, torch.Tensor]) -> list[torch.Tensor]:
-        """Return what the formula reads, as matrices on the device."""
-        return [
-            decoded.as_matrix(loaded[window].to(self._device), window) for window in value.windows
-        ]
 
     def _grown(self, value: Grown, tensor: str) -> torch.Tensor:
         """Return the new rows in host memory and in float32 or wider, of any shape."""

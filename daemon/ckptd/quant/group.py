@@ -86,7 +86,7 @@ class Format(Protocol):
 
     @property
     def skip_key(self) -> str | None:
-        """The key of the quantization config that lists modules left plain, if it has one."""
+        """The key of the quantization config that lists modules left plain, if that is enough."""
 
     def recognise(self, stored: Stored) -> str | None:
         """Return why the checkpoint is of this format where config.json does not say, or None."""

@@ -160,7 +160,44 @@ def test_weights_that_are_kept_stay_quantized(tmp_path: Path) -> None:
     for name in ("model.b.weight", "model.b.weight_scale_inv"):
         assert torch.equal(found[name].view(torch.uint8), tensors[name].view(torch.uint8))
     config = config_of(tmp_path / "out")["quantization_config"]
-    assert config["modules_to_not_convert"] == ["model.a"]
+    assert config["modules_to_not_convert"] == ["model.a", "lm_head"]
+
+
+@pytest.mark.parametrize("listed", [None, [], ["model.c"]])
+def test_what_loaders_take_for_plain_is_listed(listed: list[str] | None, tmp_path: Path) -> None:
+    """Where no list says so, heads are plain: the list that is made names them, in a file or not."""
+    tensors = _fp8(tmp_path / "source", tie_word_embeddings=True)
+    plain = {name: torch.ones(8, 70) for name in ("model.embed_tokens.weight", "model.c.weight")}
+    save_file(tensors | plain, tmp_path / "source/model.safetensors")
+    config = config_of(tmp_path / "source")
+    config["quantization_config"]["modules_to_not_convert"] = listed
+    (tmp_path / "source/config.json").write_text(json.dumps(config))
+    run(tmp_path / "source", "- dequantize: {keep: ['*.b.*']}", tmp_path / "out")
+    found = config_of(tmp_path / "out")["quantization_config"]["modules_to_not_convert"]
+    everything = {"model.embed_tokens", "lm_head", "model.a", "model.c"}
+    assert set(found) == (everything if listed is None else {*listed, "model.a"})
+
+
+def test_what_describes_the_whole_does_not_stay_beside_a_half(tmp_path: Path) -> None:
+    """Files that repeat the quantization config would contradict the one that was changed."""
+    _fp8(tmp_path / "source")
+    (tmp_path / "source/hf_quant_config.json").write_text("{}")
+    run(tmp_path / "source", "- dequantize: {keep: ['*.b.*']}", tmp_path / "out")
+    assert not (tmp_path / "out/hf_quant_config.json").exists()
+
+
+@pytest.mark.parametrize("case", ["torchao_integers", "quanto_text", "fp8"])
+def test_halves_that_no_loader_would_understand_are_refused(case: str, tmp_path: Path) -> None:
+    """Where metadata or nothing at all says what is quantized, no list of plain modules helps."""
+    source = CASES_PATH / case
+    if case == "fp8":
+        source = tmp_path / "source"
+        _fp8(source, quantization_config=None)
+        names = ["model.b.weight"]
+    else:
+        names = list(load_file(source / "reference.safetensors"))
+    with pytest.raises(errors.StageRefused, match="whole or not at all"):
+        planned(source, f"- dequantize: {{keep: ['{names[0]}']}}")
 
 
 @pytest.mark.parametrize("option", ["only", "keep"])

@@ -197,6 +197,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
         lambda t: t.update({f"{Q}_scale_inv": torch.ones(7)}),
         f"{Q}_scale_inv",
     ),
+    "no codes under many scales": (
+        SCALES,
+        lambda t: t.update({f"{Q}_scale_inv": torch.ones(2, 2), Q: t[Q][:0].clone()}),
+        f"{Q}_scale_inv",
+    ),
     "whole numbers": (
         SCALES,
         lambda t: t.update({f"{Q}_scale_inv": torch.ones(1, 1, dtype=torch.int32)}),

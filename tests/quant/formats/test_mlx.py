@@ -145,6 +145,7 @@ def _changed(
     [
         (_without("lm_head.scales"), "lm_head.weight"),
         (_without("lm_head.biases"), "lm_head.weight"),
+        (_without("lm_head.weight"), "lm_head.scales"),
         (_changed("lm_head.scales", lambda x: x[:, :1]), "lm_head.weight"),
         (_changed("lm_head.scales", lambda x: x[:-1]), "lm_head.scales"),
         (_changed("lm_head.scales", lambda x: x.view(torch.int16)), "lm_head.scales"),

@@ -19,6 +19,7 @@ from pydantic import Field
 from ckptd import units
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.errors import StageRefused
+from ckptd.models import architectures
 from ckptd.pipeline.stage import Patterns, Stage, StageContext, StageOptions
 from ckptd.pipeline.stages.cast import WeightDtype
 from ckptd.plan import dequantize, expression
@@ -67,28 +68,25 @@ def plan(draft: Draft, options: DequantizeOptions, context: StageContext) -> Dra
     taken = _taken(found, options, context)
     names = {group.name for group in taken}
     kept = [group for group in found.groups if group.name not in names]
-    if kept and chosen.skip_key is None:
-        raise StageRefused(
-            f"{chosen.name} has no list of plain modules: it is dequantized whole or not at all",
-            stage="dequantize",
-            path=context.source_path,
-            hint="leave `only` and `keep` out",
-        )
+    skip_key = _skip_key(chosen, draft.config, context) if kept else None
     _require_whole(taken, kept, context)
     dtype = _dtype(draft.config, found, options)
     tensors, home = _replaced(draft, found, taken, kept, dtype, options, context)
     said = dtype or dequantize.most_common_dtype(found)
     config = configuration.plain(draft.config, str(said.torch_name))
-    side_files = draft.side_files
-    if kept:
-        config = _half_plain(draft.config, str(chosen.skip_key), taken)
-    else:
-        gone = configuration.SIDE_FILES | set(chosen.side_files)
-        side_files = tuple(file for file in side_files if file.relpath not in gone)
-        leftovers.check(_specs(tensors), path=context.source_path)
+    gone = configuration.SIDE_FILES | set(chosen.side_files)
     changed = dataclasses.replace(
-        draft, tensors=tensors, home=home, config=config, side_files=side_files
+        draft,
+        tensors=tensors,
+        home=home,
+        config=config,
+        side_files=tuple(file for file in draft.side_files if file.relpath not in gone),
     )
+    if skip_key is None:
+        leftovers.check(_specs(tensors), path=context.source_path)
+    else:
+        config = _half_plain(dataclasses.replace(changed, config=draft.config), skip_key, taken)
+        changed = dataclasses.replace(changed, config=config)
     report = _report(draft, changed, chosen, found, taken, options)
     return changed.with_report(report)
 
@@ -142,6 +140,24 @@ def _taken(found: Found, options: DequantizeOptions, context: StageContext) -> l
         for group in found.groups
         if _matches(group.name, options.only) and not _matches(group.name, options.keep)
     ]
+
+
+def _skip_key(chosen: Format, config: Mapping[str, Any], context: StageContext) -> str:
+    """Return where the config lists what is plain, which a half quantized checkpoint needs.
+
+    Raises:
+        StageRefused: the format has no such list, or config.json has no quantization config.
+    """
+    said = any(isinstance(config.get(key), Mapping) for key in configuration.QUANTIZATION_KEYS)
+    if chosen.skip_key is None or not said:
+        lacks = f"{chosen.name} has" if said else "config.json has"
+        raise StageRefused(
+            f"{lacks} no list of plain modules: it is dequantized whole or not at all",
+            stage="dequantize",
+            path=context.source_path,
+            hint="leave `only` and `keep` out",
+        )
+    return chosen.skip_key
 
 
 def _require_whole(taken: Sequence[Group], kept: Sequence[Group], context: StageContext) -> None:
@@ -204,15 +220,34 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _half_plain(config: Mapping[str, Any], key: str, taken: Sequence[Group]) -> dict[str, Any]:
-    """Return the config with the modules of `taken` added to those that are plain."""
-    changed = dict(config)
+def _half_plain(changed: Draft, key: str, taken: Sequence[Group]) -> dict[str, Any]:
+    """Return the config with the modules of `taken` added to those that are plain.
+
+    Where it lists none, loaders take the head and what is tied to it for plain; a list ends that,
+    so that it names all that is plain.
+    """
+    config = dict(changed.config)
     for name in configuration.QUANTIZATION_KEYS:
-        if isinstance(config.get(name), Mapping):
-            listed = config[name].get(key) or []
-            modules = dict.fromkeys([*listed, *(_module(group.name) for group in taken)])
-            changed[name] = {**config[name], key: list(modules)}
-    return changed
+        said = config.get(name)
+        if isinstance(said, Mapping):
+            listed = said.get(key)
+            listed = listed if isinstance(listed, list) else _plain_modules(changed)
+            more = [_module(group.name) for group in taken]
+            config[name] = {**said, key: [*listed, *(one for one in more if one not in listed)]}
+    return config
+
+
+def _plain_modules(changed: Draft) -> list[str]:
+    """Return the modules of plain matrices, and those that are tied and in no file."""
+    known = architectures.find(changed.config)
+    tied = [tie.target for tie in known.ties] if known is not None else []
+    matrices = [
+        name
+        for name, value in changed.tensors.items()
+        if name.endswith(".weight") and value.dtype.is_plain_float and len(value.shape) > 1
+    ]
+    absent = [name for name in tied if name not in changed.tensors]
+    return list(dict.fromkeys(_module(name) for name in (*matrices, *absent)))
 
 
 def _specs(tensors: Mapping[str, Expression]) -> dict[str, tuple[Dtype, tuple[int, ...]]]:

@@ -66,6 +66,8 @@ def scales(
     """
     rows, columns, shape = codes.rows // count if count else 0, codes.columns, scale.spec.shape
     numel = math.prod(shape)
+    if not codes.rows * columns and numel > 1:
+        return None
     if numel == 1 or not codes.rows * columns:
         size = (max(1, rows), max(1, columns))
         one = dataclasses.replace(spread, rows=1, columns=numel)

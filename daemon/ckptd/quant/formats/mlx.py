@@ -126,6 +126,7 @@ class Mlx:
     def find(self, stored: Stored) -> Found:
         """Return every packed module; see `ckptd.quant.group.Format.find`."""
         declared = _declared(stored)
+        _require_words(stored)
         groups = tuple(
             weight
             for module in _modules(stored)
@@ -143,6 +144,21 @@ def _modules(stored: Stored) -> Iterator[_Module]:
     for name, tensor in stored.tensors.items():
         if tensor.spec.dtype is Dtype.U32 and name.endswith(".weight"):
             yield _Module(stored=stored, name=name.removesuffix(".weight"), words=tensor)
+
+
+def _require_words(stored: Stored) -> None:
+    """Refuse scales that are beside biases and beside no weight."""
+    for name, scales in stored.tensors.items():
+        module = name.removesuffix(".scales")
+        has_biases = not {f"{module}.biases", f"{module}.qbiases"}.isdisjoint(stored.tensors)
+        if module != name and has_biases and f"{module}.weight" not in stored.tensors:
+            raise CheckpointCorrupt(
+                "are scales with biases, but what they are for is missing",
+                path=scales.extent.path,
+                tensor=name,
+                expected=f"{module}.weight",
+                hint="save or copy the model again",
+            )
 
 
 def _declared(stored: Stored) -> Mapping[str, Any]:

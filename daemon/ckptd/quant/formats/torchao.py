@@ -36,7 +36,8 @@ class Torchao:
     name: str = "torchao"
     methods: tuple[str, ...] = ("torchao",)
     side_files: tuple[str, ...] = ()
-    skip_key: str | None = "modules_to_not_convert"
+    skip_key: str | None = None
+    """Its loaders go by the metadata of the files, which are written anew."""
 
     def recognise(self, stored: Stored) -> str | None:
         """Return the first tensor that the metadata of a file calls one of torchao's."""

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 
 from ckptd.errors import CheckpointCorrupt
-from ckptd.quant.kernels import grid
+from ckptd.quant.kernels import grid, steps
 from ckptd.quant.parts import Part
 
-TILE_COLUMNS = 2048
+TILE_COLUMNS = 4096
 """About as many columns as are in hand at once on a CPU, in whole groups and words."""
-TILE_ELEMENTS = 1 << 18
-"""Elements in hand at once on a CPU: 1 MB in float32. With less, calling torch costs more than its
-work does."""
+TILE_ELEMENTS = steps.PIECE_ELEMENTS
+"""Elements in hand at once on a CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,6 @@ from ckptd.quant.kernels import steps
 
 _HELD_SCALES = 1 << 16
 """Scales computed at once on the CPU: 256 KB, those of 4 million elements in blocks of 64."""
-_PIECES = 2
-"""Pieces of the usual size in one: there is little to do for each byte, so calls weigh more."""
 _SIGNS = torch.tensor([1.0] * 8 + [-1.0] * 8)
 
 
@@ -65,7 +63,7 @@ class _Source:
         """Fill `target` with the elements from the begin of block number `first` on."""
         block = self._block
         num_blocks = -(-len(target) // block)
-        at_once = _PIECES * steps.PIECE_ELEMENTS // block if self._on_cpu else num_blocks
+        at_once = steps.PIECE_ELEMENTS // block if self._on_cpu else num_blocks
         blocks = max(1, at_once)
         start = first * block // 2
         held = self._codes[start : start + -(-len(target) // 2)]

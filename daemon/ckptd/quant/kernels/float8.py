@@ -47,7 +47,7 @@ def values(tensor: torch.Tensor) -> torch.Tensor:
     """Return a small tensor (scales, zero points) of any dtype in float32; it may be the same."""
     if tensor.dtype.itemsize > 1 or not tensor.dtype.is_floating_point:
         return tensor.to(torch.float32)
-    places = tensor.reshape(-1).view(torch.uint8).to(torch.int64)
+    places = tensor.reshape(-1).view(torch.uint8).to(torch.int32)
     return torch.index_select(_table(tensor.dtype, tensor.device), 0, places).view(tensor.shape)
 
 

@@ -9,7 +9,7 @@ sees it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -52,9 +52,6 @@ UNPACK: dict[str, Unpack] = {
     "IQ1_M": gguf_iq.iq1_m,
 }
 
-_LARGER = 2
-"""By how much pieces are larger than `steps.PIECE_ELEMENTS`."""
-
 _HALVES: dict[str, tuple[int, int]] = {
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),
@@ -83,7 +80,7 @@ def decode_gguf(
         return
     whole = out.view(raw.shape[0], -1)
     work = out.new_empty((0, whole.shape[1]), dtype=torch.float32)
-    for piece in _pieces(whole, step=formula.head_rows):
+    for piece in steps.of_rows(len(whole), whole.shape[1], out.device, step=formula.head_rows):
         blocks = _stored_order(raw[piece], formula.head_rows)
         if out.dtype is torch.float32:
             _values(formula, blocks, whole[piece])
@@ -92,16 +89,6 @@ def decode_gguf(
             work = out.new_empty((len(blocks), whole.shape[1]), dtype=torch.float32)
         _values(formula, blocks, work)
         whole[piece].copy_(work)
-
-
-def _pieces(whole: torch.Tensor, *, step: int) -> Iterator[slice]:
-    """Yield the rows of `whole` in pieces, larger than those of other kernels.
-
-    The many small operations on scales cost the same for any number of blocks: pieces of 2 MB in
-    float32 are decoded twice as fast as those that fit an L2 cache.
-    """
-    narrow = max(1, whole.shape[1] // _LARGER)
-    return steps.of_rows(whole.shape[0], narrow, whole.device, step=step)
 
 
 def _transposed(formula: Gguf, raw: torch.Tensor, out: torch.Tensor) -> None:
