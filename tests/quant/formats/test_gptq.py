@@ -46,6 +46,38 @@ def test_values_do_not_depend_on_how_rows_are_divided(case: str, step: int) -> N
     decoding.assert_bit_equal(found, decoding.reference(DATA / case))
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_of_mixtral_get_their_published_names(model_type: str, tmp_path: Path) -> None:
+    """GPTQModel 7 saves them as transformers names them in memory, where nobody looks for them."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    module = next(iter(decoding.reference(MIXED))).rpartition(".")[0]
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in list(tensors.items()):
+            for name in names if key.startswith(f"{module}.") else ():
+                leaf = key.rpartition(".")[2]
+                tensors[f"model.layers.0.mlp.experts.1.{name}.{leaf}"] = tensor.clone()
+        tensors["model.layers.0.mlp.gate.weight"] = torch.ones(2, 8)
+        tensors["model.layers.1.mlp.gate.weight"] = torch.ones(2, 8)
+
+    path = copies.changed(
+        MIXED,
+        tmp_path / "made",
+        tensors=change,
+        config=lambda said: said.update(model_type=model_type),
+    )
+    found = decoding.find(path)[1]
+    experts = {group.name for group in found.groups if ".experts." in group.name}
+    if model_type == "mixtral":
+        place = "model.layers.0.block_sparse_moe"
+        assert experts == {f"{place}.experts.1.{name}.weight" for name in ("w1", "w3", "w2")}
+        renamed = {old: new for old, new in found.renamed if "bias" not in old}
+        assert renamed == {"model.layers.0.mlp.gate.weight": f"{place}.gate.weight"}
+    else:
+        assert experts == {f"model.layers.0.mlp.experts.1.{name}.weight" for name in names}
+        assert not found.renamed
+
+
 def test_bfloat16_is_rounded_once() -> None:
     """A result in bfloat16 is the exact product rounded, within 1 ulp of the way over fp16."""
     once = decoding.decoded(MIXED, arith=Arith.FLOAT32, dtype=Dtype.BF16)

@@ -17,7 +17,7 @@ from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import StoredTensor
 from ckptd.errors import CheckpointUnsupported
 from ckptd.quant import parts
-from ckptd.quant.formats import conv1d, linears
+from ckptd.quant.formats import conv1d, expert_names, linears
 from ckptd.quant.formats.linears import Linear, Settings
 from ckptd.quant.formula import ceil_div
 from ckptd.quant.formulas.awq import QUAD, Across, Along, Quads
@@ -92,7 +92,7 @@ def find(
     groups = tuple(
         _group(one, layouts[one.name], said, acts.get(one.name), rounded=rounded) for one in modules
     )
-    return Found(groups=groups)
+    return expert_names.published(Found(groups=groups), stored)
 
 
 def _inputs(linear: Linear, layout: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.errors import CheckpointUnsupported
 from ckptd.quant import parts
-from ckptd.quant.formats import conv1d, linears
+from ckptd.quant.formats import conv1d, expert_names, linears
 from ckptd.quant.formats.linears import Linear, Settings
 from ckptd.quant.formula import ceil_div
 from ckptd.quant.formulas.columns import BLOCK, Columns, Packing, Zeros
@@ -81,7 +81,8 @@ class Gptq:
         layout = _layout(stored, configs)
         said = linears.settings(*configs)
         modules = linears.linears(stored)
-        return Found(groups=tuple(group_of(one, layout, said) for one in modules))
+        found = Found(groups=tuple(group_of(one, layout, said) for one in modules))
+        return expert_names.published(found, stored)
 
 
 FORMAT = Gptq()
