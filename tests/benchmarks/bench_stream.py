@@ -55,7 +55,7 @@ def run_stream(source: Path, out: Path, *, work: str, hashing: bool) -> dict[str
         if made.needs_torch:
             from ckptd.plan import evaluate
 
-            evaluate.set_threads(THREADS)
+            evaluate.set_threads(THREADS if made.grows_rows else 1)
             evaluator = evaluate.Evaluator(device="cpu", sources=sources)
         budget = ByteBudget(BUDGET_BYTES)
         stream = Stream(
