@@ -246,15 +246,17 @@ def _letter(kind: int, key: str, path: Path) -> str:
 
 def _alignment(metadata: Mapping[str, Value], path: Path) -> int:
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    good = type(alignment) is int and 0 < alignment <= MAX_ALIGNMENT
-    if not good or alignment & (alignment - 1):  # type: ignore[operator]
+    if (
+        type(alignment) is not int
+        or not 0 < alignment <= MAX_ALIGNMENT
+        or alignment & (alignment - 1)
+    ):
         raise CheckpointCorrupt(
             "general.alignment is not a power of two",
             path=path,
             expected=f"1 to {MAX_ALIGNMENT}",
             found=repr(alignment)[:80],
         )
-    assert type(alignment) is int
     return alignment
 
 

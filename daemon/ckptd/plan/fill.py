@@ -240,6 +240,7 @@ class _Lane:
     def _new_slots(self, device: torch.device) -> list[_Slot]:
         if device.type != "cuda":
             return [_Slot(), _Slot()]
+        # torch leaves the constructor of its streams untyped.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_event(self._ready[device])
         return [_CudaSlot(stream), _CudaSlot(stream)]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ckptd import errors
 from tests.pipeline.stages import adapters
 
-FIXTURES = Path("/work/shared/fixtures/trainers")
+LORA = Path(__file__).parents[2] / "data" / "trainers" / "lora"
 DATA = Path(__file__).parents[2] / "data" / "quant"
 ALL_LINEAR: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -109,12 +109,14 @@ def test_as_peft_merges(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
             assert (error <= rounding + 1e-6 * (1 + exact.abs())).all(), (key, float(error.max()))
 
 
-def test_the_fixture(tmp_path: Path) -> None:
-    """A Trainer's checkpoint gives the recorded reference, bit for bit."""
-    stages = f"- merge: {{base: {FIXTURES / 'base'}}}"
-    adapters.merge(FIXTURES / "hf_trainer_lora" / "ckpt", tmp_path / "out", stages)
+def test_a_trainers_checkpoint(tmp_path: Path) -> None:
+    """A real one gives what peft made of it, bit for bit, and the rest of the base as it is."""
+    stages = f"- merge: {{base: {LORA / 'base'}}}"
+    adapters.merge(LORA / "checkpoint", tmp_path / "out", stages)
     found = adapters.weights(tmp_path / "out")
-    reference = load_file(FIXTURES / "hf_trainer_lora" / "reference.safetensors")
+    changed = load_file(LORA / "reference.safetensors")
+    assert len(changed) == 6
+    reference = load_file(LORA / "base" / "model.safetensors") | changed
     assert found.keys() == reference.keys()
     assert all(torch.equal(found[name], value) for name, value in reference.items())
 
