@@ -23,6 +23,7 @@ from pydantic_settings import (
 )
 
 from ckptd import errors, units
+from ckptd.checkpoint.writer import Cache
 from ckptd.jobs.job import RetryLimits
 from ckptd.pipeline import locate
 
@@ -90,6 +91,11 @@ class Settings(BaseSettings):
     threads: Annotated[int, Field(ge=1, le=256)] = 2
     """Threads that read and write, and that compute on the CPU, in each runner. Two fill most
     disks and leave the cores to the trainer. Default 2."""
+    cache: Cache = Cache.DIRECT
+    """What writing does to the node's page cache. `direct`: files go past it, so that a job of 700 GB
+    takes nothing from what the trainer reads, and costs little processor time. `drop`: through it,
+    and dropped from it once on the disk. `keep`: through it, and left there. Where a file system
+    cannot write directly, `direct` is `drop`. Default direct."""
     scan_interval: Annotated[Seconds, Field(ge=0.1, le=3600)] = 5.0
     """Seconds between scans of watched places on local disks. File system events wake the scan
     earlier; this is what finds that which events miss. Default 5s."""

@@ -32,13 +32,16 @@ BUDGET_BYTES = 256 << 20
 THREADS = 2
 
 
-def run_stream(source: Path, out: Path, *, work: str, hashing: bool) -> dict[str, Any]:
+def run_stream(
+    source: Path, out: Path, *, work: str, hashing: bool, cache: str = "direct"
+) -> dict[str, Any]:
     """Stream `source` into `out` and return the seconds of each phase."""
     began = time.perf_counter()
     import anyio
 
     from ckptd.aio.budget import ByteBudget
     from ckptd.checkpoint import checkpoint
+    from ckptd.checkpoint.writer import Cache
     from ckptd.plan import draft, plan
     from ckptd.plan.sources import Sources
     from ckptd.plan.stream import FinishedShard, Meter, Stream
@@ -60,7 +63,7 @@ def run_stream(source: Path, out: Path, *, work: str, hashing: bool) -> dict[str
         budget = ByteBudget(BUDGET_BYTES)
         stream = Stream(
             made, out, sources=sources, evaluator=evaluator, budget=budget, threads=THREADS,
-            hashing=hashing, meter=Meter(),
+            hashing=hashing, cache=Cache(cache), meter=Meter(),
         )  # fmt: skip
 
         async def main() -> None:
@@ -127,6 +130,9 @@ ROWS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "cp": run_cp,
     "cp, sync": run_cp_and_sync,
     "verbatim": lambda source, out: run_stream(source, out, work="", hashing=False),
+    "verbatim, cached": lambda source, out: run_stream(
+        source, out, work="", hashing=False, cache="keep"
+    ),
     "verbatim, sha256": lambda source, out: run_stream(source, out, work="", hashing=True),
     "resize (mean)": lambda source, out: run_stream(source, out, work="resize", hashing=False),
     "cast to float16": lambda source, out: run_stream(source, out, work="F16", hashing=False),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 from ckptd.aio.budget import ByteBudget
 from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.writer import Cache, ShardWriter
 from ckptd.errors import NoSpace, SourceChanged, StorageFailed
 from ckptd.plan import blocks, evaluate, expression, plan, stream, transfer
 from ckptd.plan import draft as drafts
@@ -79,6 +81,7 @@ async def _run(
     meter: Meter | None = None,
     finished: Mapping[str, FinishedShard] | None = None,
     on_shard: Callable[[FinishedShard], None] = lambda shard: None,
+    cache: Cache = Cache.DIRECT,
 ) -> tuple[FinishedShard, ...]:
     async def report(shard: FinishedShard) -> None:
         on_shard(shard)
@@ -93,9 +96,19 @@ async def _run(
             budget=budget or ByteBudget(1 << 20),
             threads=threads,
             hashing=hashing,
+            cache=cache,
             meter=meter or Meter(),
         )
         return await one.run(finished=finished or {}, on_shard=report)
+
+
+@contextlib.contextmanager
+def _written(path: Path, nbytes: int) -> Iterator[ShardWriter]:
+    """Yield an open writer; the file stands at `path` afterwards."""
+    file = ShardWriter(path, nbytes=nbytes)
+    file.open()
+    yield file
+    file.finish()
 
 
 def _loaded(folder: Path) -> Tensors:
@@ -369,9 +382,10 @@ def test_cloning_that_is_refused_falls_back_to_copying(
     monkeypatch.setattr(transfer, "_MIN_CLONE_BYTES", 1)
     extent = max((t.extent for t in source.tensors.values()), key=lambda e: e.nbytes)
     target = tmp_path / "out"
-    with Sources(source.stamps) as sources, target.open("wb+") as file:
+    place = extent.offset % 4096
+    with Sources(source.stamps) as sources, _written(target, place + extent.nbytes) as file:
         lane = transfer.Lane(sources, lambda read, written: None)
-        transfer.copy(lane, extent, file.fileno(), extent.offset % 4096, None)
+        transfer.copy(lane, extent, file, place, None)
     raw = extent.path.read_bytes()[extent.offset : extent.offset + extent.nbytes]
     assert target.read_bytes()[extent.offset % 4096 :] == raw
 
@@ -406,10 +420,10 @@ def test_cloned_blocks_are_not_written_and_still_hashed(
         moved[0] += read
         moved[1] += written
 
-    with Sources(source.stamps) as sources, target.open("wb+") as file:
+    place = extent.offset % 4096 + 4096
+    with Sources(source.stamps) as sources, _written(target, place + extent.nbytes) as file:
         lane = transfer.Lane(sources, tick)
-        place = extent.offset % 4096 + 4096
-        transfer.copy(lane, extent, file.fileno(), place, sha256 if hashing else None)
+        transfer.copy(lane, extent, file, place, sha256 if hashing else None)
     assert target.read_bytes()[place:] == raw
     assert sum(cloned) > len(raw) - 2 * 4096
     assert moved == [len(raw), len(raw)]

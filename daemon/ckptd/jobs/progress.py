@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from ckptd.checkpoint.writer import Cache
 from ckptd.jobs.job import Failure, JobSpec, Outcome
 from ckptd.telemetry.status import Counters, Phase
 
@@ -38,6 +39,8 @@ class Start:
     byte_budget: int
     """Most bytes in flight."""
     num_threads: int
+    cache: Cache = Cache.DIRECT
+    """How files are written."""
     endpoint: str | None = None
     attempt: int = 1
     type: Literal["start"] = "start"

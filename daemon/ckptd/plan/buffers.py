@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 B = TypeVar("B")
 
 MIN_BYTES = 1 << 20
-"""The smallest buffer; sizes are powers of two, so that a few sizes serve all blocks."""
+"""The smallest buffer; sizes are quarters of powers of two, so that a few sizes serve all blocks."""
 MAX_IDLE_BYTES = 64 << 20
 """Buffers beyond this that nobody uses are dropped."""
 
@@ -47,4 +47,5 @@ class BufferPool(Generic[B]):
 
 
 def _capacity(nbytes: int) -> int:
-    return max(MIN_BYTES, 1 << (nbytes - 1).bit_length())
+    unit = max(MIN_BYTES // 4, 1 << max(0, (nbytes - 1).bit_length() - 3))
+    return max(MIN_BYTES, -(-nbytes // unit) * unit)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.writer import DIRECT_UNIT, MIN_DIRECT_BYTES
 from ckptd.errors import CheckFailed
 from ckptd.plan import decoded, expression, grown
 from ckptd.plan.blocks import Block
@@ -79,8 +80,8 @@ class Evaluator:
         )
         if not results:
             return Staged(blocks, loaded, [], [sources])
-        made = (0 if isinstance(block.value, Load) else block.nbytes for block in blocks)
-        values, places = self._room(made)
+        made = [0 if isinstance(block.value, Load) else block.nbytes for block in blocks]
+        values, places = self._room(made, [_phase(block) for block in blocks])
         return Staged(blocks, loaded, places, [sources, values])
 
     def compute(self, staged: Staged) -> list[memoryview]:
@@ -118,7 +119,7 @@ class Evaluator:
     ) -> tuple[torch.Tensor, dict[Reading, torch.Tensor]]:
         """Return a buffer with the bytes of `readings`, and a view of it for each of them."""
         wanted = dict.fromkeys(readings)
-        buffer, places = self._room(reading.nbytes for reading in wanted)
+        buffer, places = self._room([reading.nbytes for reading in wanted], [None] * len(wanted))
         loaded = dict(zip(wanted, places, strict=True))
         for reading, place in loaded.items():
             if not reading.nbytes:
@@ -129,10 +130,17 @@ class Evaluator:
                 self._sources.read_into(place.numpy().data, reading)
         return buffer, loaded
 
-    def _room(self, sizes: Iterable[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return a buffer and a view of it for each of `sizes`, none on a shared cache line."""
+    def _room(
+        self, sizes: Sequence[int], phases: Sequence[int | None]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return a buffer and a view of it for each of `sizes`, none on a shared cache line.
+
+        Each begins its phase after a multiple of `DIRECT_UNIT`, or anywhere without one.
+        """
         places, end = [], 0
-        for size in sizes:
+        for size, phase in zip(sizes, phases, strict=True):
+            if phase is not None:
+                end += (phase - end) % DIRECT_UNIT
             places.append((end, size))
             end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         buffer = self._pool.take(end)
@@ -327,6 +335,13 @@ def _cast_into(out: torch.Tensor, source: torch.Tensor, dtype: Dtype, tensor: st
             check="cast",
             hint="cast to a wider dtype, or leave this tensor as it is with `keep`",
         )
+
+
+def _phase(block: Block) -> int | None:
+    """Return where in a unit the result should lie, so that it is written past the page cache."""
+    phase = block.offset % DIRECT_UNIT
+    aligned = phase * 8 % max(8, block.value.dtype.bits) == 0
+    return phase if aligned and block.nbytes >= MIN_DIRECT_BYTES else None
 
 
 def _torch_dtype(dtype: Dtype) -> torch.dtype:

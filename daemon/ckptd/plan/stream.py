@@ -27,7 +27,7 @@ from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStre
 
 from ckptd.aio.budget import ByteBudget
 from ckptd.checkpoint import writer
-from ckptd.checkpoint.writer import ShardWriter
+from ckptd.checkpoint.writer import Cache, ShardWriter
 from ckptd.plan import blocks, transfer
 from ckptd.plan.blocks import Block
 from ckptd.plan.plan import Computed, Plan, Run, Segment, ShardPlan
@@ -125,6 +125,7 @@ class Stream:
         budget: ByteBudget,
         threads: int,
         hashing: bool,
+        cache: Cache,
         meter: Meter,
     ) -> None:
         assert evaluator is not None or not plan.needs_torch
@@ -135,6 +136,7 @@ class Stream:
         self._budget = budget
         self._threads = threads
         self._hashing = hashing
+        self._cache = cache
         self._meter = meter
         self._limiter = anyio.CapacityLimiter(4 * threads + 2)
         self._computing = anyio.CapacityLimiter(threads)
@@ -191,7 +193,7 @@ class Stream:
     def _begin(self, plan: ShardPlan) -> _Shard:
         return _Shard(
             plan=plan,
-            file=ShardWriter(self._folder / plan.name, nbytes=plan.nbytes),
+            file=ShardWriter(self._folder / plan.name, nbytes=plan.nbytes, cache=self._cache),
             sha256=hashlib.sha256() if self._hashing else None,
             opening=anyio.Lock(),
         )
@@ -232,7 +234,7 @@ class Stream:
         try:
             for run in segments:
                 assert isinstance(run, Run)
-                transfer.copy(lane, run.source, shard.file.fd, run.offset, shard.sha256)
+                transfer.copy(lane, run.source, shard.file, run.offset, shard.sha256)
         except OSError as error:
             raise writer.translated(error, shard.file.path, shard.plan.nbytes) from error
 
@@ -303,7 +305,7 @@ class Stream:
 
     def _write(self, shard: _Shard, data: memoryview | bytes, offset: int) -> None:
         try:
-            transfer.write_at(shard.file.fd, data, offset)
+            shard.file.write(data, offset)
         except OSError as error:
             raise writer.translated(error, shard.file.path, shard.plan.nbytes) from error
         if shard.sha256 is not None:

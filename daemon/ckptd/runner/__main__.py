@@ -117,6 +117,7 @@ def _work(start: progress.Start) -> job.Work:
         within=None,
         byte_budget=start.byte_budget,
         num_threads=start.num_threads,
+        cache=start.cache,
         base_place=spec.base_place,
         base_digest=spec.base_digest,
         base_fingerprint=spec.base_fingerprint,

@@ -23,6 +23,7 @@ from ckptd.aio.backoff import Backoff
 from ckptd.aio.budget import ByteBudget
 from ckptd.checkpoint import checkpoint, listing
 from ckptd.checkpoint.checkpoint import Checkpoint
+from ckptd.checkpoint.writer import Cache
 from ckptd.errors import SourceChanged
 from ckptd.jobs import progress
 from ckptd.jobs.job import Outcome, State
@@ -70,6 +71,7 @@ class Work:
     """The trainer's own place of what is read; None where that is the same."""
     base_place: str | None = None
     """What an adapter is merged into, where that was settled with the digest, which covers it."""
+    cache: Cache = Cache.DIRECT
     base_digest: str | None = None
     base_fingerprint: str | None = None
     hub_patience: Backoff | None = None
@@ -330,3 +332,4 @@ def _why_held(work: Work, plan: Plan) -> str:
     if work.definition.push is None:
         return "the definition has no push"
     return "not pushed, as asked"
+        cache=work.cache,

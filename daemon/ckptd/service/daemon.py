@@ -99,6 +99,7 @@ class Daemon:
             options=WorkerOptions(
                 state_path=settings.state_dir,
                 slots=settings.slots,
+                cache=settings.cache,
                 byte_budget=settings.byte_budget,
                 num_threads=settings.threads,
                 endpoint=settings.hub_endpoint,

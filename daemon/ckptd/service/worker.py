@@ -19,6 +19,7 @@ import anyio
 import structlog
 
 from ckptd import errors
+from ckptd.checkpoint.writer import Cache
 from ckptd.jobs import progress
 from ckptd.jobs.job import Failure, Job, RetryLimits
 from ckptd.jobs.store import JobStore
@@ -44,6 +45,7 @@ class WorkerOptions:
     slots: int
     byte_budget: int
     num_threads: int
+    cache: Cache
     endpoint: str | None
     lease_s: float
     """How long a job stays ours without a sign of life."""
@@ -170,6 +172,7 @@ class Worker:
                     log.error("runner wrote nonsense", job=spec.job_id, error=str(error))
             group.cancel_scope.cancel()
         return ending
+            cache=self._options.cache,
 
     async def _keep_lease(self, job_id: str, runner: RunnerProcess, worker: str) -> None:
         asked_at: float | None = None
