@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.plan import expression
-from ckptd.plan.nodes import Cast, Concat, Decode, Expression, Grown, Load, LowRank
+from ckptd.plan.nodes import Cast, Concat, Decode, Expression, Grown, Load, LowRank, Tiles
 from ckptd.plan.plan import Computed, Run, Segment
 
 BLOCK_BYTES = 8 << 20
@@ -58,7 +58,7 @@ class Block:
             # Values in float32, and a statistics step as read, in float32 and in float64.
             return self.nbytes + 4 * expression.numel(made) + 4 * STATISTICS_BYTES
         cost = self.nbytes + _loaded_bytes(self.value)
-        if made is None:
+        if made is None or isinstance(made, Tiles):
             return cost
         workspace = min(_DECODE_WORKSPACE_BYTES, 16 * expression.numel(made))
         if not isinstance(made, Decode):

@@ -8,6 +8,7 @@ Values never depend on how a tensor was divided into blocks; those of new rows a
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import threading
@@ -159,14 +160,30 @@ class Evaluator:
     def _put(
         self, out: torch.Tensor, value: Expression, loaded: dict[Reading, torch.Tensor], tensor: str
     ) -> None:
-        """Write `value` into `out`; directly, where that is on the device."""
-        if isinstance(value, Cast) and out.device == self._device:
-            _cast_into(out, self._value(value.source, loaded, tensor), value.dtype, tensor)
-        elif isinstance(value, Decode) and out.device == self._device:
-            decoded.into(out, value, loaded, tensor)
-        else:
+        """Write `value` into `out`; directly, part by part, where that is on the device."""
+        if out.device != self._device:
             out.copy_(self._value(value, loaded, tensor))
 
+            return
+        match value:
+            case Cast(source=inner):
+                _cast_into(out, self._value(inner, loaded, tensor), value.dtype, tensor)
+            case Decode() if out.is_contiguous():
+                decoded.into(out, value, loaded, tensor)
+            case View(source=inner) if out.is_contiguous():
+                self._put(out.view(inner.shape), inner, loaded, tensor)
+            case Concat(parts=parts, axis=axis):
+                ends = itertools.accumulate(part.shape[axis] for part in parts)
+                for part, end in zip(parts, ends, strict=True):
+                    place = out.narrow(axis, end - part.shape[axis], part.shape[axis])
+                    self._put(place, part, loaded, tensor)
+            case Tiles(parts=tiles):
+                for tile in tiles:
+                    box = zip(tile.at, tile.source.shape, strict=True)
+                    place = out[tuple(slice(at, at + length) for at, length in box)]
+                    self._put(place, tile.source, loaded, tensor)
+            case _:
+                out.copy_(self._value(value, loaded, tensor))
     def _value(
         self, value: Expression, loaded: dict[Reading, torch.Tensor], tensor: str
     ) -> torch.Tensor:
@@ -179,23 +196,12 @@ class Evaluator:
                 out = torch.empty_like(source, dtype=_torch_dtype(value.dtype))
                 _cast_into(out, source, value.dtype, tensor)
                 return out
-            case Concat(parts=parts):
-                return torch.cat([self._value(part, loaded, tensor) for part in parts], value.axis)
-            case Decode():
+            case Decode() | Concat() | Tiles():
                 out = torch.empty(value.shape, dtype=_torch_dtype(value.dtype), device=self._device)
-                decoded.into(out, value, loaded, tensor)
+                self._put(out, value, loaded, tensor)
                 return out
             case View(source=inner):
                 return self._value(inner, loaded, tensor).view(value.shape)
-            case Tiles(parts=parts):
-                whole = torch.empty(
-                    value.shape, dtype=_torch_dtype(value.dtype), device=self._device
-                )
-                for part in parts:
-                    box = zip(part.at, part.source.shape, strict=True)
-                    place = whole[tuple(slice(at, at + length) for at, length in box)]
-                    place.copy_(self._value(part.source, loaded, tensor))
-                return whole
             case Columns(source=inner, first=first, step=step, count=count):
                 stop = first + step * (count - 1) + 1 if count else first
                 picked = self._value(inner, loaded, tensor)[:, first:stop:step]

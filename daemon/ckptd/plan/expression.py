@@ -49,6 +49,10 @@ def cast(source: Expression, dtype: Dtype) -> Expression:
     if isinstance(source, View):
         return View(cast(source.source, dtype), source.shape)
     return Cast(source, dtype)
+    if isinstance(source, Tiles):
+        return Tiles(
+            tuple(Tile(cast(part.source, dtype), part.at) for part in source.parts), source.shape
+        )
 
 
 def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Expression:

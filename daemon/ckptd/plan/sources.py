@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ckptd.checkpoint import checkpoint
@@ -100,14 +100,26 @@ class Sources:
         """
         width, stride = window.width_bytes, window.stride_bytes
         ranges = [buffer[start : start + width] for start in range(0, len(buffer), max(1, width))]
-        gap = memoryview(bytearray(stride - width if 0 < stride - width <= _GAP_BYTES else 0))
-        at_once = MAX_BUFFERS // 2 if gap else 1
+        if not 0 < stride - width <= _GAP_BYTES:
+            self._gather_each(ranges, window)
+            return
+        gap = memoryview(bytearray(stride - width))
+        at_once = MAX_BUFFERS // 2
         for first in range(0, len(ranges), at_once):
             some = ranges[first : first + at_once]
             reach = (len(some) - 1) * stride + width
             place = Extent(window.path, window.extent.offset + first * stride, reach)
             between = [part for own in some for part in (own, gap)]
             self.scatter(between[:-1], place)
+
+    def _gather_each(self, ranges: Iterable[memoryview], window: Window) -> None:
+        """Fill each range with a system call of its own: there may be 100,000 in a gigabyte."""
+        fd = self.fd(window.path)
+        place = window.extent.offset
+        for own in ranges:
+            if _read(fd, own, place) != len(own):
+                self.read_into(own, Extent(window.path, place, len(own)))
+            place += window.stride_bytes
 
     def check(self) -> None:
         """Verify that every source is still as planned.
@@ -130,6 +142,14 @@ class Sources:
             os.close(fd)
             raise SourceChanged(path=path, expected=str(stamp), found=str(found))
         return fd
+
+
+def _read(fd: int, buffer: memoryview, offset: int) -> int:
+    """Return how many bytes one system call put into `buffer`; none where it failed."""
+    try:
+        return os.preadv(fd, (buffer,), offset)
+    except OSError:
+        return 0
 
 
 def _after(buffers: list[memoryview], nbytes: int) -> list[memoryview]:

@@ -12,13 +12,15 @@ import os
 import resource
 from pathlib import Path
 
-from ckptd.plan import blocks, buffers, transfer
+from ckptd.plan import blocks, transfer
 from ckptd.plan.plan import Computed, Plan
 
 INTERPRETER_BYTES = 75_000_000
 """Python with ckptd, before a checkpoint is opened."""
 TORCH_BYTES = 260_000_000
 """torch on the CPU, imported and used once; a CUDA context takes more, outside of this."""
+ALLOCATOR_BYTES = 64_000_000
+"""What the C library keeps of torch's temporary values between blocks."""
 HUB_BYTES = 30_000_000
 """The Hub's client, connected."""
 XET_BYTES = 350_000_000
@@ -39,7 +41,7 @@ def planned_peak_bytes(plan: Plan, *, byte_budget: int, num_threads: int, push: 
         total += HUB_BYTES + (XET_BYTES if _has_xet() else 0)
     if plan.needs_torch:
         in_flight = _in_flight_bytes(plan, byte_budget)
-        total += TORCH_BYTES + in_flight + min(in_flight, buffers.MAX_IDLE_BYTES)
+        total += TORCH_BYTES + in_flight + min(in_flight, ALLOCATOR_BYTES)
     return total
 
 
