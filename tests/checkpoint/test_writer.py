@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import mmap
@@ -18,6 +17,7 @@ import pytest
 from ckptd.checkpoint import writer
 from ckptd.checkpoint.writer import Cache, ShardWriter
 from ckptd.errors import NoSpace, StorageFailed
+from tests.checkpoint.pages import memory, resident_pages
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -182,13 +182,6 @@ def test_a_synced_file_waits_for_its_name(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def _memory(content: bytes, *, phase: int) -> memoryview:
-    """Return writable memory with `content`, `phase` bytes after the begin of a page."""
-    pages = mmap.mmap(-1, phase + len(content))
-    pages[phase:] = content
-    return memoryview(pages)[phase:]
-
-
 PIECES = [0, 8, 4096, 5000, 400_000, 700_001, 1_048_576, 1_400_000, 1_400_010, 3_000_000]
 """Borders of what is written in turn: within units, on their borders, short and long."""
 
@@ -205,7 +198,7 @@ def test_whatever_way_bytes_take_the_file_is_the_same(
     pieces = list(itertools.pairwise(PIECES))
     for begin, end in [*pieces[1::2], *pieces[::2]]:
         phase = begin % writer.DIRECT_UNIT + (0 if aligned else 1)
-        shard.write(_memory(content[begin:end], phase=phase), begin)
+        shard.write(memory(content[begin:end], phase=phase), begin)
     shard.finish()
     assert (tmp_path / "a").read_bytes() == content
 
@@ -217,26 +210,13 @@ def test_long_aligned_writes_go_past_the_page_cache(tmp_path: Path) -> None:
     direct = ShardWriter(tmp_path / "direct", nbytes=len(content), cache=Cache.DIRECT)
     for shard in (kept, direct):
         shard.open()
-        shard.write(_memory(content, phase=0), 0)
-    resident = [_resident_pages(shard.fd, len(content)) for shard in (kept, direct)]
+        shard.write(memory(content, phase=0), 0)
+    resident = [resident_pages(shard.fd, len(content)) for shard in (kept, direct)]
     os.fsync(kept.fd)
     os.posix_fadvise(kept.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    if direct._direct_fd < 0 or _resident_pages(kept.fd, len(content)):
+    if direct._direct_fd < 0 or resident_pages(kept.fd, len(content)):
         pytest.skip("the file system of the tests has no place but memory")
     assert resident == [len(content) // mmap.PAGESIZE, 0]
-
-
-def _resident_pages(fd: int, nbytes: int) -> int:
-    mapped = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED)
-    states = (ctypes.c_ubyte * (nbytes // mmap.PAGESIZE))()
-    first = ctypes.c_char.from_buffer(mapped)
-    failed = ctypes.CDLL(None).mincore(
-        ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(nbytes), states
-    )
-    assert not failed
-    del first
-    mapped.close()
-    return sum(state & 1 for state in states)
 
 
 def test_a_file_system_with_larger_units_is_written_through_the_page_cache(
@@ -257,7 +237,7 @@ def test_a_file_system_with_larger_units_is_written_through_the_page_cache(
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     content = os.urandom(1 << 20)
-    shard.write(_memory(content, phase=0), 0)
+    shard.write(memory(content, phase=0), 0)
     monkeypatch.undo()
     shard.finish()
     assert (tmp_path / "a").read_bytes() == content
@@ -274,7 +254,7 @@ def test_a_full_disk_is_found_by_a_direct_write(tmp_path: Path, monkeypatch: Any
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(OSError, match="full"):
-        shard.write(_memory(bytes(1 << 20), phase=0), 0)
+        shard.write(memory(bytes(1 << 20), phase=0), 0)
     monkeypatch.undo()
     shard.abandon()
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ckptd.checkpoint import uncached
 from ckptd.checkpoint.header import Extent
 from ckptd.errors import CheckpointCorrupt
 
@@ -44,7 +45,14 @@ def same_bytes(left: Extent, right: Extent, *, check: Callable[[], None] = lambd
     return True
 
 
-def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
+def read_into(
+    fd: int,
+    buffer: memoryview,
+    offset: int,
+    path: Path,
+    *,
+    read: Callable[[int, list[memoryview], int], int] = os.preadv,
+) -> None:
     """Fill `buffer` from `offset` of the open file `fd`.
 
     Raises:
@@ -52,7 +60,7 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     """
     done = 0
     while done < len(buffer):
-        got = os.preadv(fd, [buffer[done:]], offset + done)
+        got = read(fd, [buffer[done:]], offset + done)
         if got == 0:
             raise CheckpointCorrupt(
                 "the file ended while it was read",
@@ -70,6 +78,8 @@ def digest(
     check: Callable[[], None] = lambda: None,
 ) -> str:
     """Return `sha256:...` of the named files' content; the order given does not matter.
+
+    What is not in the page cache is not left there.
 
     Raises:
         CheckpointCorrupt: a file shrank while it was read.
@@ -92,10 +102,10 @@ def _file_digest(
     size = path.stat().st_size
     whole = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        fd = file.fileno()
+        fd, reader = file.fileno(), uncached.Reader()
 
         def block(offset: int) -> bytes:
-            return _block_digest(fd, offset, min(BLOCK_BYTES, size - offset), path)
+            return _block_digest(fd, offset, min(BLOCK_BYTES, size - offset), path, reader)
 
         offsets = list(range(0, size, BLOCK_BYTES))
         for start in range(0, len(offsets), threads):
@@ -105,11 +115,11 @@ def _file_digest(
     return whole.hexdigest()
 
 
-def _block_digest(fd: int, offset: int, nbytes: int, path: Path) -> bytes:
+def _block_digest(fd: int, offset: int, nbytes: int, path: Path, reader: uncached.Reader) -> bytes:
     buffer = memoryview(bytearray(min(nbytes, _COMPARE_BYTES)))
     value = hashlib.sha256()
     for start in range(offset, offset + nbytes, _COMPARE_BYTES):
         part = buffer[: min(_COMPARE_BYTES, offset + nbytes - start)]
-        read_into(fd, part, start, path)
+        read_into(fd, part, start, path, read=reader.preadv)
         value.update(part)
     return value.digest()

@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ckptd.checkpoint import checkpoint
+from ckptd.checkpoint import checkpoint, uncached
 from ckptd.checkpoint.header import Extent, FileStamp
+from ckptd.checkpoint.writer import Cache
 from ckptd.errors import SourceChanged
 from ckptd.quant.parts import Window
 
@@ -26,12 +27,14 @@ about so many are copied in the time of a system call. They always land in the s
 class Sources:
     """Open file descriptors by path, each checked against the stamp planning saw.
 
-    Use as a context manager; leaving it closes every file.
+    Use as a context manager; leaving it closes every file. Unless `cache` is `KEEP`, long extents are
+    read without leaving them in the page cache.
     """
 
-    def __init__(self, stamps: Mapping[Path, FileStamp]) -> None:
+    def __init__(self, stamps: Mapping[Path, FileStamp], *, cache: Cache = Cache.KEEP) -> None:
         self._stamps = stamps
         self._fds: dict[Path, int] = {}
+        self._read = os.preadv if cache is Cache.KEEP else uncached.Reader().preadv
         self._lock = threading.Lock()
 
     def __enter__(self) -> Sources:
@@ -75,7 +78,7 @@ class Sources:
         left = list(buffers)
         while done < extent.nbytes:
             try:
-                got = os.preadv(fd, left, extent.offset + done)
+                got = self._read(fd, left, extent.offset + done)
             except OSError as error:
                 raise SourceChanged(
                     path=extent.path,

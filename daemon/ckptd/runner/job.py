@@ -216,7 +216,7 @@ async def _produce(
     tally.enter(Phase.STREAMING)
     tally.reused(finished.values())
     stamps = {**source.stamps, **({} if base is None else base.source.stamps)}
-    with Sources(stamps) as sources:
+    with Sources(stamps, cache=work.cache) as sources:
         stream = _stream(work, plan, staging, sources, tally, hashing=push is not None)
         async with anyio.create_task_group() as uploads:
 
