@@ -26,7 +26,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tests.benchmarks import synthetic
+from ckptd.bench import synthetic
 from tests.checkpoint.consolidate import zero_files
 from tests.checkpoint.consolidate.test_dcp import write_ranks
 

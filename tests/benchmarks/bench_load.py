@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import synthetic
+from ckptd.bench import synthetic
 
 SHARD_BYTES = 1_000_000_000
 

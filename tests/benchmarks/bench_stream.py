@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import synthetic
+from ckptd.bench import synthetic
 
 MAX_SHARD_BYTES = 500_000_000
 BUDGET_BYTES = 256 << 20

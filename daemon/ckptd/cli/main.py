@@ -13,6 +13,7 @@ import typer
 
 from ckptd import __version__, errors
 from ckptd.cli import (
+    bench,
     demonstrate,
     failures,
     hub,
@@ -39,7 +40,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (serve, run, plan, inspect, validate, jobs, status, hub, demonstrate, schema):
+for group in (serve, run, plan, inspect, validate, jobs, status, bench, hub, demonstrate, schema):
     group.add_to(app)
 
 

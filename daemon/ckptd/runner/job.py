@@ -37,7 +37,7 @@ from ckptd.runner import memory, output
 from ckptd.runner.evaluator import ImportedMeanwhile
 from ckptd.runner.output import OutputFile
 from ckptd.runner.staging import Staging
-from ckptd.runner.tally import Tally
+from ckptd.runner.tally import SAMPLE_S, Tally
 from ckptd.telemetry.status import Phase
 
 Report = Callable[[progress.Report], None]
@@ -68,6 +68,9 @@ class Work:
     byte_budget: int
     num_threads: int
     source_path: Path | None = None
+    cache: Cache = Cache.DIRECT
+    sample_s: float = SAMPLE_S
+    """Seconds between reports of byte counters."""
     """The trainer's own place of what is read; None where that is the same."""
     base_place: str | None = None
     """What an adapter is merged into, where that was settled with the digest, which covers it."""
@@ -102,7 +105,7 @@ async def execute(work: Work, *, report: Report) -> Outcome:
         SourceChanged, NoSpace, StorageFailed, HubError: as named; often in an ExceptionGroup.
     """
     began = time.monotonic()
-    tally = Tally(report)
+    tally = Tally(report, sample_s=work.sample_s)
     tally.enter(Phase.PLANNING)
     source = await to_thread.run_sync(lambda: open_source(work))
     base = await to_thread.run_sync(lambda: open_base(work, source), abandon_on_cancel=True)

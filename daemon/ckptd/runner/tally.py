@@ -28,8 +28,11 @@ SAMPLE_S = 0.25
 class Tally:
     """Counts for one job and tells `report`; belongs to the event loop, but for its meter."""
 
-    def __init__(self, report: Callable[[progress.Report], None]) -> None:
+    def __init__(
+        self, report: Callable[[progress.Report], None], *, sample_s: float = SAMPLE_S
+    ) -> None:
         self.meter = Meter()
+        self._sample_s = sample_s
         self._report = report
         self._plan: Plan | None = None
         self._todo: Plan | None = None
@@ -121,7 +124,7 @@ class Tally:
     async def _sample(self) -> None:
         while True:
             self._tell()
-            await anyio.sleep(SAMPLE_S)
+            await anyio.sleep(self._sample_s)
 
     def _tell(self) -> None:
         plan, todo, meter, reused = self._plan, self._todo, self.meter, self._reused_bytes

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints for benchmarks: Llama-like, real or sparse, without torch."""
+"""Synthetic checkpoints to measure with: Llama-like, real or sparse, without torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write(folder: Path, specs: list[TensorSpec], *, sparse: bool, shard_bytes: i
     groups = shards.by_size([Sized(s.name, s.nbytes, "") for s in specs], shard_bytes)
     by_name = {spec.name: spec for spec in specs}
     pattern = _pattern()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for name, names in zip(shards.file_names(len(groups)), groups, strict=True):
         group = [by_name[tensor] for tensor in names]
         weight_map |= {spec.name: name for spec in group}
