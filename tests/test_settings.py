@@ -28,7 +28,7 @@ def test_defaults_follow_systemd(clean: Path) -> None:
     found = settings.load()
     assert found.database_path == clean.parent / "state" / "jobs.sqlite3"
     assert found.pipelines_dir == clean / "pipelines.d"
-    assert (found.slots, found.byte_budget, found.scan_interval) == (1, 256_000_000, 5.0)
+    assert (found.slots, found.byte_budget, found.scan_interval) == (1, 256_000_000, 1.0)
     assert (found.network_scan_interval, found.log_format) == (15.0, "auto")
     assert found.retry_limits.cap_s == 900.0
 

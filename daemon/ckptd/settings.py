@@ -96,9 +96,10 @@ class Settings(BaseSettings):
     takes nothing from what the trainer reads, and costs little processor time. `drop`: through it,
     and dropped from it once on the disk. `keep`: through it, and left there. Where a file system
     cannot write directly, `direct` is `drop`. Default direct."""
-    scan_interval: Annotated[Seconds, Field(ge=0.1, le=3600)] = 5.0
+    scan_interval: Annotated[Seconds, Field(ge=0.1, le=3600)] = 1.0
     """Seconds between scans of watched places on local disks. File system events wake the scan
-    earlier; this is what finds that which events miss. Default 5s."""
+    earlier; this is what finds that which events miss. A scan costs one look at each folder above
+    the checkpoints; in trees of thousands of those it comes less often by itself. Default 1s."""
     network_scan_interval: Annotated[Seconds, Field(ge=0.1, le=3600)] = 15.0
     """The same for network file systems, which have no events and charge for every look.
     Default 15s."""
@@ -114,6 +115,14 @@ class Settings(BaseSettings):
     wait_interval: Annotated[Seconds, Field(ge=1)] = 600.0
     """Seconds between tries of a job that waits for a person (a token, a permission).
     Default 10m."""
+    pin_limit: Annotated[ByteSize, Field(ge=0)] = 500_000_000_000
+    """Most bytes on disk that pins of all definitions may hold. Over it the oldest pins of jobs that
+    do not run are dropped, and the jobs say so. Only what the trainer has deleted counts: a hard
+    link whose source is there costs nothing. Room for some large checkpoints, and not for a disk
+    that fills while the Hub is away. Default 500GB."""
+    pin_age: Annotated[Seconds, Field(ge=0)] = 7 * 86_400.0
+    """How long a failed or held job keeps its pin, and a failed one its staged files, for somebody
+    to retry it; a held one keeps its output. A week has a weekend in it. Default 7d."""
     hub_endpoint: str | None = None
     """URL of the Hub. Default: HF_ENDPOINT, else https://huggingface.co."""
     log_format: Literal["auto", "console", "json"] = "auto"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from ckptd.checkpoint import checkpoint, completeness, layouts
@@ -17,6 +18,7 @@ from ckptd.checkpoint.listing import list_files
 from ckptd.errors import CheckpointUnsupported
 
 WEIGHTS, CONFIG, STATE = "adapter_model.safetensors", "adapter_config.json", "trainer_state.json"
+PICKLED = "adapter_model.bin"
 
 
 def _judge(path: Path, quiet_s: float = math.inf) -> Verdict:
@@ -92,7 +94,7 @@ def test_damage_is_found(damage: str, tmp_path: Path) -> None:
         (tmp_path / WEIGHTS).write_bytes(cuts[damage])
         os.utime(tmp_path / WEIGHTS, (1e9, 1e9))
     elif damage == "pickled":
-        (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
+        (tmp_path / WEIGHTS).rename(tmp_path / PICKLED)
     else:
         (tmp_path / CONFIG).write_text("{" if damage == "not json" else "{}")
     assert isinstance(_judge(tmp_path), Broken | Waiting)
@@ -108,8 +110,41 @@ def test_an_adapter_is_opened_without_a_config(tmp_path: Path) -> None:
     assert sorted(named) == [CONFIG, WEIGHTS, "tokenizer.json"]
 
 
-def test_a_pickled_adapter_is_refused_by_name(tmp_path: Path) -> None:
-    """Never unpickled, and the text says what to do."""
-    _write(tmp_path, "adapter_model.bin", CONFIG)
+def test_a_pickled_adapter(tmp_path: Path) -> None:
+    """Its tensors are those that were saved; a class in it is refused and never made."""
+    _write(tmp_path, CONFIG)
+    value = torch.arange(6.0).view(2, 3)
+    torch.save({"x.lora_A.weight": value, "x.lora_B.weight": value.T}, tmp_path / PICKLED)
+    os.utime(tmp_path / PICKLED, (1e9 - 1, 1e9 - 1))
+    source = checkpoint.open_checkpoint(tmp_path)
+    assert source.layout == "peft"
+    assert source.tensors["x.lora_A.weight"].spec.shape == (2, 3)
+    assert source.tensors["x.lora_B.weight"].spec.shape == (3, 2)
+    assert isinstance(_judge(tmp_path), Complete)
+    named = [name for name, _ in checkpoint.identifying_files(source)]
+    assert sorted(named) == [CONFIG, PICKLED]
+    (tmp_path / PICKLED).write_bytes((tmp_path / PICKLED).read_bytes()[:-9])
+    assert isinstance(_judge(tmp_path), Broken | Waiting)
+    torch.save({"x.lora_A.weight": Path("/")}, tmp_path / PICKLED)
     with pytest.raises(CheckpointUnsupported, match=r"adapter_model\.bin"):
         checkpoint.open_checkpoint(tmp_path)
+
+
+def test_named_adapters_in_folders(tmp_path: Path) -> None:
+    """A folder of adapters with names is refused, and says where to point; each of them is one."""
+    for name in ("policy", "reference"):
+        (tmp_path / name).mkdir()
+        _write(tmp_path / name, WEIGHTS, CONFIG)
+    _write(tmp_path, STATE)
+    with pytest.raises(CheckpointUnsupported, match=r"policy, reference.*\*/policy"):
+        checkpoint.open_checkpoint(tmp_path)
+    assert checkpoint.open_checkpoint(tmp_path / "policy").layout == "peft"
+
+
+def test_a_value_head_travels_with_its_adapter(tmp_path: Path) -> None:
+    """What a reward trainer saves beside the adapter is published with it, and is part of it."""
+    _write(tmp_path, WEIGHTS, CONFIG, "value_head.safetensors")
+    source = checkpoint.open_checkpoint(tmp_path)
+    assert [file.relpath for file in source.side_files] == [CONFIG, "value_head.safetensors"]
+    named = [name for name, _ in checkpoint.identifying_files(source)]
+    assert "value_head.safetensors" in named

@@ -190,12 +190,42 @@ def test_depth_is_no_matter() -> None:
     assert isinstance(found, list)
 
 
-@pytest.mark.parametrize("piece", [b"}", b"]", b"(", b"\x8c\x02ab", b"Nq\x00", b")\x85"])
-def test_objects_are_counted(piece: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file of a few bytes an object is refused when it has too many, whatever they are."""
-    monkeypatch.setattr(pickle_machine, "MAX_OBJECTS", 10_000)
-    with pytest.raises(CheckpointCorrupt, match="objects"):
-        _loads(b"\x80\x04" + piece * 20_000 + b".")
+HUNGRY = {
+    "dicts": b"}", "lists": b"]", "marks": b"(", "texts": b"\x8c\x04abcd", "wide text": b"\x8c\x04\xf0\x9f\x98\x80",
+    "tuples": b")\x85", "pairs": b"NN\x86", "remembered": b"N\x94", "numbers": b"J\xff\xff\xff\x0f",
+    "nothing": b"N", "real numbers": b"G" + b"\x01" * 8, "long numbers": b"\x8a\x40" + b"\x01" * 64,
+    "bytes": b"C\x08abcdefgh", "calls": b"cx\ny\n)R", "again": b"2", "sparse": b"Nr",
+    "items": b"}K\x01K\x02s", "elements": b"](NNNNe",
+}  # fmt: skip
+"""Operations that take memory, each again and again."""
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+@pytest.mark.parametrize("piece", sorted(HUNGRY))
+def test_memory_is_bounded_whatever_the_program(
+    piece: str, in_list: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small file that wants much is refused before it has it: 40 bytes a unit at most."""
+    units, stack = 100_000, 20_000
+    monkeypatch.setattr(pickle_machine, "MAX_UNITS", units)
+    monkeypatch.setattr(pickle_machine, "MAX_STACK", stack)
+    one = HUNGRY[piece]
+    pieces = [one + struct.pack("<I", 7 * n + 9) if one == b"Nr" else one for n in range(400_000)]
+    if in_list:
+        program = (
+            b"\x80\x04]("
+            + b"e(".join(b"".join(pieces[n : n + 500]) for n in range(0, 400_000, 500))
+            + b"e."
+        )
+    else:
+        program = b"\x80\x04N" + b"".join(pieces) + b"."
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointCorrupt):
+            _loads(program)
+        assert tracemalloc.get_traced_memory()[1] < 40 * units + 64 * stack
+    finally:
+        tracemalloc.stop()
 
 
 def test_names_are_counted() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ckptd.checkpoint import layouts
+from ckptd.checkpoint.consolidate.refused import Refused
 from ckptd.checkpoint.listing import list_files
 from ckptd.errors import CheckpointUnsupported
 
@@ -39,6 +40,80 @@ def test_the_layout_is_told_by_its_files(
     chosen, reason = layouts.choose(Path(name), list_files(tmp_path))
     assert chosen.name == layout
     assert reason
+
+
+LEFT: dict[str, tuple[str, str, list[str]]] = {
+    "trainer": ("hf-trainer", "checkpoint-5", ["config.json", "model.safetensors", "optimizer.pt",
+                "trainer_state.json"]),
+    "trainer with zero, gathered": ("hf-trainer", "checkpoint-5", ["config.json",
+        "model.safetensors", "global_step5/mp_rank_00_model_states.pt", "trainer_state.json"]),
+    "trainer with zero": ("deepspeed", "checkpoint-5", ["config.json", "latest",
+        "global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", "trainer_state.json"]),
+    "trainer with fsdp": ("dcp", "checkpoint-5", ["pytorch_model_fsdp_0/.metadata",
+        "pytorch_model_fsdp_0/__0_0.distcp", "optimizer_0/.metadata", "trainer_state.json"]),
+    "full fsdp": ("pickled", "checkpoint-5", ["pytorch_model_fsdp.bin", "optimizer.bin"]),
+    "fsdp by rank": ("fsdp-ranks", "c", ["pytorch_model_fsdp_0_rank0.bin"]),
+    "lora of a trainer": ("peft", "checkpoint-5", ["adapter_model.safetensors",
+        "adapter_config.json", "optimizer.pt", "trainer_state.json"]),
+    "lora of automodel": ("peft", "epoch_0_step_5", ["model/adapter_model.safetensors",
+        "model/adapter_config.json", "optim/__0_0.distcp"]),
+    "accelerate": ("hf", "checkpoint_0", ["model.safetensors", "optimizer.bin",
+        "random_states_0.pkl"]),
+    "two models of accelerate": ("accelerate-models", "checkpoint_0", ["model.safetensors",
+        "model_1.safetensors", "random_states_0.pkl"]),
+    "torchtitan": ("dcp", "step-5", [".metadata", "__0_0.distcp"]),
+    "torchtitan, last": ("hf", "step-5", ["sharded/shard-00001-model-00001-of-00001.safetensors",
+        "model-00001-of-00001.safetensors", "model.safetensors.index.json"]),
+    "prime-rl": ("dcp", "step_5", ["trainer/.metadata", "trainer/__0_0.distcp"]),
+    "automodel": ("hf-inner", "epoch_0_step_5", ["model/consolidated/model.safetensors.index.json",
+        "model/shard-00001-model-00001-of-00001.safetensors", "optim/__0_0.distcp"]),
+    "automodel, sharded": ("dcp-safetensors", "epoch_0_step_5", [
+        "model/shard-00001-model-00001-of-00001.safetensors", "optim/__0_0.distcp"]),
+    "torchtune": ("hf", "epoch_0", ["ft-model-00001-of-00001.safetensors",
+        "model.safetensors.index.json", "config.json", "recipe_state.pt"]),
+    "torchtune, meta": ("pickled", "epoch_0", ["meta_model_0.pt", "params.json",
+        "recipe_state.pt"]),
+    "meta, parallel": ("meta-parallel", "70b", ["consolidated.00.pth", "consolidated.01.pth"]),
+    "diffusers": ("diffusers", "final", ["model_index.json", "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]),
+    "diffusion training": ("diffusers", "checkpoint-5", [
+        "unet/diffusion_pytorch_model.safetensors", "optimizer.bin", "random_states_0.pkl"]),
+    "diffusion lora": ("flat", "checkpoint-5", ["pytorch_lora_weights.safetensors",
+        "optimizer.bin", "random_states_0.pkl"]),
+    "kohya": ("flat", "cats-000004.safetensors", ["cats-000004.safetensors"]),
+    "lightning": ("lightning", "checkpoints", ["last.ckpt"]),
+    "lightning, distributed": ("dcp", "epoch=0-step=5.ckpt", [".metadata", "__0_0.distcp",
+        "meta.pt"]),
+    "lightning with zero": ("deepspeed", "epoch=0-step=5.ckpt", ["latest", "zero_to_fp32.py",
+        "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt"]),
+    "verl": ("verl", "global_step_5", ["actor/model_world_size_1_rank_0.pt",
+        "actor/huggingface/config.json", "data.pt"]),
+    "skyrl": ("verl", "global_step_5", ["policy/model_world_size_1_rank_0.pt"]),
+    "nemo-rl": ("dcp", "step_5", ["policy/weights/.metadata", "policy/weights/__0_0.distcp",
+        "policy/optimizer/__0_0.distcp", "training_info.json"]),
+    "olmo-core": ("olmo-core", "step5", ["model_and_optim/.metadata", "config.json"]),
+    "lerobot": ("hf-inner", "000005", ["pretrained_model/config.json",
+        "pretrained_model/model.safetensors", "training_state/optimizer_state.safetensors"]),
+    "megatron": ("megatron", "iter_0000005", ["common.pt", "metadata.json", "__0_0.distcp",
+        ".metadata"]),
+    "orbax": ("orbax", "5", ["_CHECKPOINT_METADATA", "params/manifest.ocdbt"]),
+    "gguf": ("gguf", "model", ["model-q4.gguf"]),
+}  # fmt: skip
+"""What trainers leave in a folder of a name, and the layout that it is."""
+
+
+@pytest.mark.parametrize("trainer", sorted(LEFT))
+def test_auto_tells_all_apart(trainer: str, tmp_path: Path) -> None:
+    """Names alone decide, whatever wrote the folder; the reason names a file that is there."""
+    layout, name, files = LEFT[trainer]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    chosen, reason = layouts.choose(Path(name), list_files(tmp_path))
+    assert chosen.name == layout
+    assert any(file in reason for file in files)
+    refused = isinstance(layouts.FAMILIES.get(layout), Refused)
+    assert (layout in layouts.TITLES) is not refused
 
 
 def test_a_definition_may_name_the_layout(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from ckptd.checkpoint import pin
+from ckptd.checkpoint import open_files, origin, pin, whole
+from ckptd.checkpoint.consolidate import assets
 from ckptd.checkpoint.listing import list_files
+from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.checkpoint.pin import PinMethod
 from ckptd.errors import CheckpointUnsupported, NoSpace, StorageFailed
 
@@ -180,12 +182,12 @@ def test_prune_removes_what_the_source_no_longer_has(make_folder: Any, tmp_path:
     """After a re-save with fewer shards the old ones leave the pin; its origin note stays."""
     source, target = make_folder(shards=3), tmp_path / "pin"
     _refresh(source, target, PinMethod.HARD_LINK)
-    pin.write_origin(target, {"source": str(source)})
+    origin.write(target, {"source": str(source)})
     (source / "model-00003-of-00003.safetensors").unlink()
     pin.prune(target, list_files(source))
     assert not (target / "model-00003-of-00003.safetensors").exists()
     assert (target / "model-00002-of-00003.safetensors").exists()
-    assert pin.read_origin(target) == {"source": str(source)}
+    assert origin.read(target) == {"source": str(source)}
 
 
 def test_releasing_is_final_and_may_be_repeated(make_folder: Any, tmp_path: Path) -> None:
@@ -244,3 +246,170 @@ def test_an_unreadable_source_is_the_sources_fault(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointUnsupported, match="0600"):
         _refresh(source, target, PinMethod.COPY)
+
+
+def test_open_files_keep_what_cannot_be_linked(make_folder: Any, tmp_path: Path) -> None:
+    """Weights are held while the folder grows, and copied from there when the trainer is gone."""
+    source, target, held = make_folder(shards=2, step=3), tmp_path / "pin", OpenFiles()
+    before = _content(source)
+    report = pin.refresh(
+        source, list_files(source), target, PinMethod.OPEN_FILES, held=held, early=True
+    )
+    assert report.left == ()
+    assert not list(target.glob("*.safetensors"))
+    shutil.rmtree(source)
+    assert held.deleted_bytes() >= sum(
+        len(content) for name, content in before.items() if name.endswith(".safetensors")
+    )
+    pin.materialize(target, held)
+    assert _content(target) == {n: b for n, b in before.items() if n != "optimizer.pt"}
+    assert held.deleted_bytes() == 0
+
+
+def test_a_file_that_went_before_the_copy_is_copied_from_what_is_held(
+    make_folder: Any, tmp_path: Path
+) -> None:
+    """Between the last look and the copy the trainer may delete one file: it is pinned all the same."""
+    source, target, held = make_folder(), tmp_path / "pin", OpenFiles()
+    listing = list_files(source)
+    before = _content(source)
+    pin.refresh(source, listing, target, PinMethod.OPEN_FILES, held=held, early=True)
+    (source / "model.safetensors").unlink()
+    report = pin.refresh(source, listing, target, PinMethod.OPEN_FILES, held=held)
+    assert report.vanished == ()
+    assert (target / "model.safetensors").read_bytes() == before["model.safetensors"]
+
+
+def test_a_file_that_is_replaced_is_held_anew(make_folder: Any, tmp_path: Path) -> None:
+    """A rename over a held file is another file: the new one is kept, the old one let go."""
+    source, target, held = make_folder(), tmp_path / "pin", OpenFiles()
+    pin.refresh(source, list_files(source), target, PinMethod.OPEN_FILES, held=held, early=True)
+    new = source / "new"
+    new.write_bytes((source / "model.safetensors").read_bytes()[:-1] + b"!")
+    new.rename(source / "model.safetensors")
+    pin.refresh(source, list_files(source), target, PinMethod.OPEN_FILES, held=held, early=True)
+    assert held.deleted_bytes() == 0
+    shutil.rmtree(source)
+    pin.materialize(target, held)
+    assert (target / "model.safetensors").read_bytes().endswith(b"!")
+
+
+def test_too_many_open_files_wait_for_the_copy(make_folder: Any, tmp_path: Path) -> None:
+    """What is not held is said to be left, so that nobody takes the pin for whole."""
+    source, target, held = make_folder(shards=3), tmp_path / "pin", OpenFiles(most=2)
+    report = pin.refresh(
+        source, list_files(source), target, PinMethod.OPEN_FILES, held=held, early=True
+    )
+    assert report.left == ("model-00003-of-00003.safetensors", "model.safetensors.index.json")
+    pin.refresh(source, list_files(source), target, PinMethod.OPEN_FILES, held=held)
+    assert len(list(target.glob("*.safetensors"))) == 3
+
+
+def test_one_file_that_cannot_be_linked_is_held(
+    make_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another mount below the root, another user's file: one step down the ladder, for that file."""
+    source, target, held = make_folder(shards=2), tmp_path / "pin", OpenFiles()
+    link = os.link
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> None:
+        if str(path).endswith("00002-of-00002.safetensors"):
+            raise PermissionError(errno.EPERM, "protected_hardlinks")
+        link(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "link", refuse)
+    pin.refresh(source, list_files(source), target, PinMethod.HARD_LINK, held=held, early=True)
+    assert [path.name for path in target.glob("*.safetensors")] == [
+        "model-00001-of-00002.safetensors"
+    ]
+    assert held.names(target) == ("model-00002-of-00002.safetensors",)
+    held.release(target)
+
+
+def test_the_probe_goes_down_the_ladder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither clones nor links work, files are held open; where /proc is closed, copied."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EPERM, "not here")
+
+    monkeypatch.setitem(pin._ACTS, PinMethod.REFLINK, refuse)
+    monkeypatch.setitem(pin._ACTS, PinMethod.HARD_LINK, refuse)
+    assert pin.probe(tmp_path) is PinMethod.OPEN_FILES
+    monkeypatch.setattr(open_files, "works", lambda folder: False)
+    assert pin.probe(tmp_path) is PinMethod.COPY
+    assert not list((tmp_path / pin.FOLDER_NAME).iterdir())
+
+
+def test_shards_of_zero_leave_the_pin_when_the_weights_come(
+    make_folder: Any, tmp_path: Path
+) -> None:
+    """While only optimizer shards are there they are the weights; gathered ones replace them."""
+    source, target = tmp_path / "checkpoint-3", tmp_path / "pin"
+    shard = source / "global_step3" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    optim = source / "global_step3" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    shard.parent.mkdir(parents=True)
+    for path in (shard, optim):
+        path.write_bytes(b"PK\x03\x04")
+    _refresh(source, target, PinMethod.HARD_LINK)
+    assert (target / optim.relative_to(source)).exists()
+    whole_folder = make_folder("other", step=3)
+    for path in whole_folder.iterdir():
+        shutil.copy(path, source / path.name)
+    _refresh(source, target, PinMethod.HARD_LINK)
+    assert not (target / optim.relative_to(source)).exists()
+    assert (target / "model.safetensors").exists()
+
+
+def test_files_of_the_run_are_pinned_with_what_needs_them(tmp_path: Path) -> None:
+    """config.json beside the checkpoint of a sharded layout stays as it was when it was pinned."""
+    run, target = tmp_path / "run", tmp_path / "pin"
+    source = run / "checkpoint-3"
+    source.mkdir(parents=True)
+    (source / ".metadata").write_bytes(b"x")
+    (source / "__0_0.distcp").write_bytes(b"x")
+    (run / "config.json").write_text('{"model_type": "llama"}')
+    (run / "train.log").write_text("lines")
+    _refresh(source, target, PinMethod.HARD_LINK)
+    (run / "config.json").write_text("{}")
+    kept = assets.run_folder(target, run)
+    assert kept != run
+    assert json.loads((kept / "config.json").read_text()) == {"model_type": "llama"}
+    assert not (kept / "train.log").exists()
+    pin.prune(target, list_files(source))
+    assert (kept / "config.json").exists()
+    assert not any(".ckptd-run" in file.relpath for file in list_files(target).files)
+
+
+def test_a_run_without_a_model_beside_it_is_pinned_as_that(tmp_path: Path) -> None:
+    """What comes into the run's folder after the pin was made is not taken for the checkpoint's."""
+    run, target = tmp_path / "run", tmp_path / "pin"
+    source = run / "checkpoint-3"
+    source.mkdir(parents=True)
+    (source / "model.safetensors").write_bytes(b"x")
+    _refresh(source, target, PinMethod.HARD_LINK)
+    (run / "config.json").write_text("{}")
+    assert assets.in_run(assets.run_folder(target, run)) == ()
+    _refresh(source, target, PinMethod.HARD_LINK)
+    assert [path.name for path in assets.in_run(assets.run_folder(target, run))] == ["config.json"]
+
+
+def test_a_rewrite_in_place_under_a_hard_link_is_told(make_folder: Any, tmp_path: Path) -> None:
+    """Bytes, size or times moved: by name. The trainer deleting its own name is no rewrite."""
+    source, target = make_folder(), tmp_path / "pin"
+    _refresh(source, target, PinMethod.HARD_LINK)
+    before = list_files(target)
+    weights = source / "model.safetensors"
+    stat = weights.stat()
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert whole.changed(before, list_files(target)) == (
+        "model.safetensors was rewritten and its times put back"
+    )
+    between = list_files(target)
+    weights.unlink()
+    assert whole.changed(between, list_files(target)) is None
+    with (target / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+    assert "bytes before" in (whole.changed(between, list_files(target)) or "")

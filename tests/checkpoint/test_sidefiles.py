@@ -7,6 +7,9 @@ import pytest
 from ckptd.checkpoint.sidefiles import Fate, fate
 
 TRAVELS = [
+    "scheduler/scheduler_config.json",
+    "value_head.safetensors",
+    "2_Dense/model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -37,6 +40,12 @@ TRAVELS = [
     "1_Pooling/config.json",
 ]
 TRAINER_STATE = [
+    "scheduler.bin",
+    "scheduler_1.bin",
+    "recipe_state.pt",
+    "training_state/optimizer_state.safetensors",
+    "optim/__0_0.distcp",
+    "rng/rng_dp_rank_0.pt",
     "optimizer.pt",
     "optimizer.bin",
     "scheduler.pt",

@@ -174,14 +174,6 @@ def test_big_endian_files_and_scripts_are_refused(saved: Path) -> None:
         torch_file.read(saved)
 
 
-def test_the_former_format_is_refused_by_name(tmp_path: Path) -> None:
-    """Files from before torch 1.6: the refusal says how to get rid of it."""
-    torch.save(torch.ones(3), tmp_path / "t.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointUnsupported, match="former format") as caught:
-        torch_file.read(tmp_path / "t.pt")
-    assert "save it again" in str(caught.value.hint)
-
-
 def test_a_directory_that_lies_is_refused(saved: Path) -> None:
     """Members that begin outside of the archive, or a list of members larger than any real one."""
     data = bytearray(saved.read_bytes())

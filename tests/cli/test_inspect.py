@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 from tests.cli.conftest import Call
 
 QUANTIZED = Path(__file__).parents[1] / "data" / "quant" / "awq_gemm"
@@ -15,7 +18,7 @@ def test_text(ckptd: Call, checkpoint: Path) -> None:
     result = ckptd("inspect", checkpoint)
     assert result.code == 0, result
     for text in (
-        "hf-trainer (trainer_state.json is there)",
+        "(trainer_state.json is there)",
         "4 tensors",
         "lm_head.weight = model.embed_tokens.weight: not in the file; config says tied",
         "strange.xyz",
@@ -39,6 +42,18 @@ def test_json(ckptd: Call, checkpoint: Path) -> None:
     assert value["footprint"]["parameter_bytes"] == value["tensor_bytes"]
     assert value["step"] == 20
     assert value["quantization"] is None
+
+
+def test_what_is_no_transformers_model(ckptd: Call, tmp_path: Path) -> None:
+    """A flat file is called what it is; its layout has a reason, and no config is promised."""
+    path = tmp_path / "cats-step00000500.safetensors"
+    save_file({"lora_unet.lora_up.weight": torch.ones(2, 2)}, path, metadata={"ss_steps": "9"})
+    result = ckptd("inspect", path)
+    assert result.code == 0, result
+    assert "flat: a file that is a checkpoint by itself (cats-step00000500" in result.out
+    assert "config.json" not in result.out.partition("travels")[2]
+    value = ckptd("inspect", path, "--json").value
+    assert (value["layout"], value["parts"], value["step"]) == ("flat", [path.stem], 500)
 
 
 def test_quantization(ckptd: Call) -> None:

@@ -20,6 +20,7 @@ from ckptd.telemetry.status import (
     DefinitionStatus,
     JobStatus,
     Phase,
+    PinStatus,
     WatchStatus,
 )
 from tests.cli.conftest import Call, Start
@@ -75,6 +76,9 @@ def _write(state_path: Path, *, pid: int, late_s: float = 0) -> None:
         counts={"published": 7},
         watches=(watch,),
         definitions=(DefinitionStatus(path="/p.yaml", pipeline="publish", problem="is broken"),),
+        pins=PinStatus(
+            num_pins=3, held_bytes=12_000_000, limit_bytes=500_000_000_000, max_age_s=7 * 86_400
+        ),
     )
     state_path.mkdir(parents=True, exist_ok=True)
     (state_path / STATUS_NAME).write_text(status.to_json())
@@ -100,6 +104,7 @@ def test_running(ckptd: Call, state_path: Path) -> None:
         "waiting 20 s for the Hub",
         "is broken",
         "2 checkpoints, 1 settling",
+        "pins: 3, holding 12 MB of 500 GB; those of failed and held jobs go after 168h00m",
     ):
         assert text in out
 

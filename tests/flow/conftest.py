@@ -147,6 +147,12 @@ class Deployment:
         api = HfApi(endpoint=self.hub.url, token=self.hub.token)
         return [c.message for c in api.list_repo_commits(repo_id) if "ckptd-push-id" in c.message]
 
+    def is_pinned(self) -> bool:
+        """Whether a live pin holds all of a checkpoint, for certain."""
+        notes = [*self.runs.glob(".ckptd/live/*/.ckptd-whole.json")]
+        notes += self.state.glob("pins/*/live/*/.ckptd-whole.json")
+        return any(json.loads(note.read_bytes())["certain"] for note in notes)
+
     def clean(self) -> bool:
         """Whether no staging folder and no pin is left."""
         left = [*(self.state / "work").glob("*")]

@@ -130,3 +130,112 @@ def test_our_section_is_put_once_and_replaced() -> None:
     again = card.with_section(edited, "## Ours\n\nsecond")
     assert "first" not in again
     assert again == edited.replace("first", "second")
+
+
+FACTS = card.Facts(
+    base_model="acme/base",
+    relation="adapter",
+    borrowed=(("license", "llama3"), ("license_link", "https://x/y"), ("pipeline_tag", "any")),
+)
+PEFT = """---
+base_model: /data/models/base
+library_name: peft
+licence: license
+tags:
+- base_model:adapter:/data/models/base
+- lora
+# kept
+datasets: [a/b]
+---
+"""
+
+
+def _merged(text: str, facts: card.Facts = FACTS) -> str:
+    merged = card.merge(text, tags=["ckptd"], library="peft", facts=facts)
+    assert card.merge(merged, tags=["ckptd"], library="peft", facts=facts) == merged
+    return merged
+
+
+def test_what_the_card_lacks_is_completed() -> None:
+    """Base, relation, license and task come in; a trainer's folder and placeholder go out."""
+    merged = _merged(PEFT + BODY)
+    assert metadata_of(merged) == {
+        "base_model": "acme/base",
+        "library_name": "peft",
+        "tags": ["base_model:adapter:acme/base", "lora", "ckptd"],
+        "datasets": ["a/b"],
+        "base_model_relation": "adapter",
+        "license": "llama3",
+        "license_link": "https://x/y",
+        "pipeline_tag": "any",
+    }
+    assert "# kept\n" in merged
+    assert merged.endswith(f"---\n{BODY}")
+
+
+def test_a_base_that_the_hub_does_not_know_is_not_named() -> None:
+    """Without a name on the Hub the folder is taken out, and no relation to nothing is claimed."""
+    merged = _merged(PEFT + BODY, card.Facts(relation="adapter"))
+    assert "/data/models" not in merged
+    assert metadata_of(merged) == {
+        "library_name": "peft",
+        "tags": ["lora", "ckptd"],
+        "datasets": ["a/b"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("front", "key", "expected"),
+    [
+        ("base_model: me/mine\n", "base_model", "me/mine"),
+        ("base_model:\n- me/mine\n- me/other\n", "base_model", ["me/mine", "me/other"]),
+        ("base_model:\n- /data/mine\n# x\n", "base_model", "acme/base"),
+        ("base_model: ''\n", "base_model", "acme/base"),
+        ("base_model_relation: merge\n", "base_model_relation", "merge"),
+        ("license: mit\n", "license", "mit"),
+        ("license: mit\n", "license_link", None),
+        ("license_name: ours\n", "license", None),
+        ("license:\n", "license", "llama3"),
+        ("license: ~ # which?\n", "license", "llama3"),
+        ("tags: 'base_model:adapter:./x'\n", "tags", ["base_model:adapter:acme/base", "ckptd"]),
+        ("tags: [a, 'base_model:adapter:~/x', b]\n", "tags",
+         ["a", "base_model:adapter:acme/base", "b", "ckptd"]),
+    ],
+)  # fmt: skip
+def test_what_the_card_says_stays(front: str, key: str, expected: object) -> None:
+    """Nothing that somebody wrote is overwritten; a license is never put together from two."""
+    merged = _merged(f"---\n{front}---\n{BODY}")
+    assert metadata_of(merged).get(key) == expected
+    assert merged.endswith(f"---\n{BODY}")
+
+
+def metadata_of(text: str) -> dict[str, object]:
+    match = card._FRONT_MATTER.match(text)
+    assert match is not None
+    found = YAML(typ="safe", pure=True).load(match["yaml"])
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_places_a_template_left_open() -> None:
+    """TRL and PEFT leave repo and base open; both are known when a card is published."""
+    text = (
+        "# Model Card for Model ID\n"
+        "of [None](https://huggingface.co/None).\n"
+        'generator = pipeline("text-generation", model="None", device="cuda")\nNone of this.\n'
+    )
+    assert card.filled(text, repo_id="acme/run", facts=FACTS) == (
+        "# Model Card for run\n"
+        "of [acme/base](https://huggingface.co/acme/base).\n"
+        'generator = pipeline("text-generation", model="acme/run", device="cuda")\nNone of this.\n'
+    )
+    assert card.filled(text, repo_id=None, facts=card.NOTHING) == text
+
+
+def test_what_is_borrowed_from_a_base() -> None:
+    """License and task, nothing else; a card that cannot be read lends nothing."""
+    text = "---\nlicense: other\nlicense_name: x\npipeline_tag: any\ntags: [a]\nlanguage: en\n---\n"
+    found = dict(card.borrowed(text))
+    assert found == {"license": "other", "license_name": "x", "pipeline_tag": "any"}
+    assert card.borrowed("---\n: : :\n---\n") == card.borrowed("no front matter") == ()
+    assert card.over({"license": "mit"}, found) == {"license": "mit", "pipeline_tag": "any"}

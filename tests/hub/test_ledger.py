@@ -88,6 +88,18 @@ def test_only_standard_weights_beside_the_new_ones_are_stale() -> None:
     assert ledger.stale_weights(pushed, tree) == sorted(STANDARD)
 
 
+def test_shards_of_a_component_go_when_it_has_fewer() -> None:
+    """In the folder of a pipeline's component, and in no other."""
+    names = [
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+    tree = {path: remote(path) for path in names}
+    pushed = [record("unet/diffusion_pytorch_model.safetensors", large=True)]
+    assert ledger.stale_weights(pushed, tree) == names[:2]
+
+
 def test_a_push_without_weights_deletes_nothing() -> None:
     """Files without weights never take weights away."""
     tree = {path: remote(path) for path in STANDARD}

@@ -80,7 +80,7 @@ async def test_published_key_returns_the_published_job(store: JobStore) -> None:
 async def test_vanished_job_is_queued_again_when_it_comes_back(store: JobStore) -> None:
     """A checkpoint that was gone and is there again is work, at its new place."""
     found = await store.enqueue(spec(), now=100.0)
-    await store.vanish(found.job.job_id, now=101.0)
+    await store.unpin(found.job.job_id, reason="gone", now=101.0)
     again = await store.enqueue(spec(pinned_path="/new"), now=102.0)
     assert (again.created, again.job.state) == (True, State.QUEUED)
     assert (await acquire(store)).spec.pinned_path == "/new"
@@ -274,3 +274,32 @@ async def test_sightings_are_replaced_and_forgotten(store: JobStore) -> None:
     assert await store.sightings() == [found]
     assert await store.forget(before=10.0) == 1
     assert await store.sightings() == []
+
+
+async def test_a_job_that_does_not_run_can_be_skipped_or_lose_its_pin(store: JobStore) -> None:
+    """Skipped or vanished with the reason in row and history; a running one is left alone."""
+    for number in range(3):
+        await store.enqueue(spec(f"c{number}", target=f"acme/{number}@main"), now=100.0)
+    running = await acquire(store)
+    skipped, unpinned = [job.job_id for job in await store.list(states=[State.QUEUED])]
+    found = [
+        await store.skip(skipped, reason="step 2 is newer", now=120.0),
+        await store.unpin(unpinned, reason="over the limit", now=120.0),
+    ]
+    assert [job.state for job in found] == [State.SKIPPED, State.VANISHED]
+    assert (await store.history(skipped))[-1].reason == "step 2 is newer"
+    assert (await store.history(unpinned))[-1].reason == "over the limit"
+    for move in (store.skip, store.unpin):
+        with pytest.raises(errors.UsageError, match="running"):
+            await move(running.job_id, reason="no", now=120.0)
+
+
+async def test_a_failed_job_without_its_pin_says_both(store: JobStore) -> None:
+    """It stays failed, with why it failed and why its pin is gone."""
+    await store.enqueue(spec(), now=100.0)
+    job = await acquire(store)
+    refusal = Failure(code="HubRejected", message="no such owner", exit_code=6)
+    await fail(store, job.job_id, refusal)
+    found = await store.unpin(job.job_id, reason="its pin was 7 days old", now=200.0)
+    assert found.state is State.FAILED
+    assert found.reason == "no such owner; its pin was 7 days old"

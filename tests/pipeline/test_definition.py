@@ -301,3 +301,52 @@ def test_wrong_json_raises_a_validation_error(stages: Stages) -> None:
     dump["stages"].append({"tie": {}})
     with pytest.raises(ValueError, match="twice"):
         Definition.model_validate(dump, context={"stages": stages})
+
+
+@pytest.mark.parametrize("spelled", ["all", "newest", "{every: 500}"])
+def test_take_is_read_and_travels(spelled: str, stages: Stages) -> None:
+    """Each form of `take` passes and arrives equal in another process."""
+    found = parse(with_stages("  - tie", f"take: {spelled}"), stages)
+    sent = json.loads(json.dumps(found.dump()))
+    assert Definition.model_validate(sent, context={"stages": stages}).take == found.take
+
+
+@pytest.mark.parametrize(
+    ("spelled", "problem"),
+    [
+        ("latest", "p.yaml:2:7: take: must be all, newest or {every: N}, found 'latest'"),
+        ("500", "p.yaml:2:7: take: must be all, newest or {every: N}, found 500"),
+        ("{every: 0}", "p.yaml:2:7: take: every: must be at least 1, found 0"),
+        ("{every: yes}", "p.yaml:2:7: take: must be all, newest or {every: N}, found"),
+        ("{every: 2, of: 3}", "p.yaml:2:7: take: must be all, newest or {every: N}, found"),
+    ],
+)
+def test_wrong_take(spelled: str, problem: str, stages: Stages) -> None:
+    """Another word, a bare number, an impossible one: one problem, with all the forms."""
+    (found,) = problems(f"pipeline: p\ntake: {spelled}\nstages: [tie]", stages)
+    assert found.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("lines", "what"),
+    [
+        ("  revision: step-{step}\n  forward_only: true", "does not go with revision"),
+        ("  revision: '{name}'\n  forward_only: true", "does not go with revision"),
+        ("  create_pr: true\n  forward_only: true", "push.create_pr: commits to no branch"),
+        ("  forward_only: 5", "must be true or false"),
+    ],
+)
+def test_forward_only_is_for_one_branch(lines: str, what: str, stages: Stages) -> None:
+    """A branch for each step, or a pull request for each, has no newest step to hold."""
+    (found,) = problems(with_push(f"  repo_id: a/b\n{lines}"), stages)
+    assert what in found
+
+
+@pytest.mark.parametrize("revision", ["latest", "'{run}'", "null", "main"])
+def test_forward_only_goes_with_one_branch_of_a_run(revision: str, stages: Stages) -> None:
+    """A branch that many checkpoints share may move forward only."""
+    found = parse(
+        with_push(f"  repo_id: a/b\n  revision: {revision}\n  forward_only: true"), stages
+    )
+    assert found.push is not None
+    assert found.push.forward_only

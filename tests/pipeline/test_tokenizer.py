@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ckptd import errors
-from ckptd.checkpoint.checkpoint import SideFile
+from ckptd.checkpoint.beside import SideFile
 from ckptd.pipeline import tokenizer
 
 WORDS = {"<unk>": 0} | {f"w{number}": number for number in range(1, 50)}

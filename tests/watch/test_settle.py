@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+import os
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.checkpoint.listing import Fingerprint
+from ckptd.checkpoint import listing
 from ckptd.watch import settle
-from ckptd.watch.settle import Change, State, Track
+from ckptd.watch.settle import Change, Fingerprint, State, Track
 
 QUIET_S = 10.0
 
 
 def fingerprint(version: int) -> Fingerprint:
-    return (("model.safetensors", 1, version, version),)
+    return Fingerprint(content=b"%d" % version, changes=b"%d" % version, num_links=1)
 
 
 def play(observations: list[tuple[float, int | None]]) -> list[tuple[Change, ...]]:
@@ -82,6 +86,43 @@ def test_rearmed_candidate_settles_again() -> None:
     assert settle.due_at(again, quiet_s=QUIET_S) == 15.0
     _, changes = settle.observe(again, fingerprint(1), now=15.0, quiet_s=QUIET_S)
     assert changes == (Change.SETTLED,)
+
+
+def seen(path: Path) -> Fingerprint:
+    return settle.fingerprint_of(listing.list_files(path))
+
+
+def test_writer_that_puts_the_times_back(tmp_path: Path) -> None:
+    """Bytes that change under the same name, size and modification time are a change."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"old")
+    before, times = seen(tmp_path), file.stat()
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 3) as mapped:
+        mapped[:] = b"new"
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = seen(tmp_path)
+    assert after.content == before.content
+    assert not after.is_quiet_since(before)
+
+
+def test_hard_links_are_no_writing(tmp_path: Path) -> None:
+    """Our own pin moves a file's change time, and the quiet period goes on."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    before = seen(folder)
+    (tmp_path / "pin").hardlink_to(folder / "model.safetensors")
+    pinned = seen(folder)
+    assert pinned != before
+    assert pinned.is_quiet_since(before)
+    track, _ = settle.observe(None, before, now=0.0, quiet_s=QUIET_S)
+    track, changes = settle.observe(track, pinned, now=5.0, quiet_s=QUIET_S)
+    assert changes == ()
+    os.utime(
+        folder / "model.safetensors", ns=(0, (folder / "model.safetensors").stat().st_mtime_ns)
+    )
+    _, changes = settle.observe(track, seen(folder), now=10.0, quiet_s=QUIET_S)
+    assert changes == (Change.CHANGED,)  # compared with the pinned state, not with the first
 
 
 @given(

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.checkpoint import index
-from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
+from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete
 
 STEM = "adapter_model"
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
+VALUE_HEAD_NAME = "value_head.safetensors"
+"""What reward and PPO trainers save beside an adapter: it belongs to it, and to no merged model."""
 _MODEL_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -29,20 +31,14 @@ def recognise(names: Collection[str]) -> str | None:
 
 
 def find(path: Path, names: Collection[str]) -> str:
-    """Return the name of the adapter's weight file in the folder at `path`.
+    """Return the name of the adapter's weight file in the folder at `path`; a pickled one last.
 
     Raises:
         CheckpointIncomplete: weights or configuration are not there.
-        CheckpointUnsupported: the weights are pickled.
         CheckpointCorrupt: the configuration is not a JSON object.
     """
-    if WEIGHTS_NAME not in names:
-        if PICKLED_NAME in names:
-            raise CheckpointUnsupported(
-                "a pickled adapter is not read",
-                path=path / PICKLED_NAME,
-                hint="save it as safetensors (the default of save_pretrained)",
-            )
+    found = next((name for name in (WEIGHTS_NAME, PICKLED_NAME) if name in names), None)
+    if found is None:
         raise CheckpointIncomplete("no adapter weights yet", path=path, expected=WEIGHTS_NAME)
     if CONFIG_NAME not in names:
         raise CheckpointIncomplete(
@@ -51,7 +47,7 @@ def find(path: Path, names: Collection[str]) -> str:
             hint="PEFT writes it after the weights: wait for the save to end, or save again",
         )
     read_config(path / CONFIG_NAME)
-    return WEIGHTS_NAME
+    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -6,24 +6,29 @@ of every weight file, so that whoever reads the bytes later can tell whether the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 from ckptd.checkpoint import (
     adapter_files,
+    beside,
     gguf_files,
     gguf_model,
     header,
-    index,
     layouts,
-    sidefiles,
+    parts,
     weights,
 )
+from ckptd.checkpoint.beside import SideFile
+from ckptd.checkpoint.consolidate import assets as run_assets
 from ckptd.checkpoint.consolidate import consolidate, pickled
+from ckptd.checkpoint.consolidate.gathered import Gathered
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import Listing, list_files
+from ckptd.checkpoint.parts import Part
 from ckptd.checkpoint.pieces import Tensor
 from ckptd.errors import (
     CheckpointCorrupt,
@@ -32,15 +37,6 @@ from ckptd.errors import (
     CheckpointVanished,
     SourceChanged,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SideFile:
-    """A file that travels with the weights: its name in the repo and where it lies."""
-
-    relpath: str
-    path: Path
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +49,9 @@ class Checkpoint:
     An adapter's `config` is empty and its `config_path` adapter_config.json, a side file, too.
     `encodings` names the block type of tensors of GGUF files, which are `U8` here; without a
     config.json `config` is made from the metadata, and `config_path` is the GGUF file.
-    `masters` names float32 copies of weights that the config says to be of fewer bits.
+    `masters` names float32 copies of weights that the config says to be of fewer bits. With `parts`
+    the weights are no transformers model: tensors' names begin with the folder of their part, and
+    `config` is empty.
     """
 
     path: Path
@@ -71,6 +69,7 @@ class Checkpoint:
     step: int | None
     encodings: Mapping[str, str] = field(default_factory=dict)
     masters: frozenset[str] = frozenset()
+    parts: tuple[Part, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -120,38 +119,116 @@ def open_checkpoint(
 def _opened(
     path: Path, *, layout: str, assets: Path | None, named: Path, within: Path | None
 ) -> Checkpoint:
-    if not path.is_dir() and not gguf_files.is_file(path) and not pickled.is_file(path):
-        what = "a file; point at the folder that holds it" if path.exists() else "does not exist"
-        raise CheckpointIncomplete(what, path=path, hint="check the path of the checkpoint")
+    _require_openable(path, assets)
     single = gguf_files.is_file(path)
     listing = gguf_files.beside(path) if single else list_files(path, within=within)
+    if parts.is_file(path):
+        reason = "a safetensors file was named"
+        return _opened_parts(path, named, listing, parts.FLAT, reason, assets)
     chosen, reason = layouts.choose(named, listing, layout)
     if chosen is layouts.LAYOUTS["gguf"]:
         return _opened_gguf(path, named.name, listing, reason, assets)
     if chosen is layouts.LAYOUTS["peft"]:
-        return _opened_adapter(path, named.name, listing, reason, assets)
+        inner = layouts.adapter_folder(listing) or ""
+        return _opened_adapter(path / inner, named.name, listing.below(inner), reason, assets)
+    if chosen.name in layouts.IN_PARTS:
+        return _opened_parts(path, named, listing, chosen.name, reason, assets)
     if chosen.name in layouts.FAMILIES:
         return _opened_pieces(path, named, listing, chosen.name, reason, assets)
+    return _opened_model(path, named, listing, chosen.name, reason, assets)
+
+
+def _opened_model(
+    path: Path, named: Path, listing: Listing, layout: str, reason: str, assets: Path | None
+) -> Checkpoint:
+    """Return a model as transformers saves it; its config may lie in the run's folder."""
     found = weights.find(path, listing)
-    config_path = _config_path(path, listing, assets)
+    run = run_assets.run_folder(path, named.parent)
+    config_path = beside.require_config(path, listing, assets, run=run)
     headers = [header.read(path / shard) for shard in found.shards]
-    tensors = tensors_of(path, headers, found.weight_map)
-    side_files, left_out = _side_files(path, listing, assets)
+    config = beside.read_config(config_path)
+    stored = tensors_of(path, headers, found.weight_map)
+    tensors, said = consolidate.unwrapped(stored, config, assets=assets, path=path)
+    side_files, left_out = beside.side_files(path, listing, assets)
+    more = run_assets.in_run(run)
+    if config_path in more:
+        side_files = beside.with_files(side_files, more)
     return Checkpoint(
         path=path,
         name=named.name,
-        layout=chosen.name,
+        layout=layout,
         layout_reason=reason,
-        config=_read_config(config_path),
+        config=config,
         config_path=config_path,
         tensors=tensors,
         stamps={shard.path: shard.stamp for shard in headers},
         metadata=tuple(shard.metadata for shard in headers),
         side_files=side_files,
         left_out=left_out,
-        notes=found.notes,
+        notes=(*found.notes, *said),
         step=layouts.step_of(path, named.name),
     )
+
+
+def _require_openable(path: Path, assets: Path | None) -> None:
+    """Refuse what is neither a folder nor a file that is a checkpoint by itself.
+
+    Raises:
+        CheckpointIncomplete: names what to point at instead.
+    """
+    if path.is_dir() or gguf_files.is_file(path) or pickled.is_file(path):
+        return
+    what = "a file; point at the folder that holds it" if path.exists() else "does not exist"
+    if parts.is_file(path):
+        refused = parts.refusal(path)
+        if refused is None or (assets is not None and (assets / weights.CONFIG_NAME).is_file()):
+            return
+        what = refused
+    raise CheckpointIncomplete(what, path=path, hint="check the path of the checkpoint")
+
+
+def _opened_parts(
+    path: Path, named: Path, listing: Listing, layout: str, reason: str, assets: Path | None
+) -> Checkpoint:
+    """Return a pipeline's components, or a single file; with a config in `assets` that is a model."""
+    folder = path if path.is_dir() else path.parent
+    found = parts.find(layout, folder, listing)
+    config_path = beside.find_config(folder, listing, assets)
+    is_model = layout == parts.FLAT and config_path is not None
+    tensors: dict[str, Tensor] = {}
+    headers: list[header.Header] = []
+    made: list[Part] = []
+    for one in found:
+        read = [header.read(folder / name) for name in one.files]
+        own = tensors_of(folder / one.part.folder, read, one.weight_map)
+        tensors |= {
+            one.part.folder + name: _renamed(tensor, one.part.folder + name)
+            for name, tensor in own.items()
+        }
+        made.append(dataclasses.replace(one.part, metadata=read[0].metadata))
+        headers += read
+    side_files, left_out = beside.side_files(folder, listing, assets, with_config=not is_model)
+    step = layouts.step_of(folder, named.name)
+    return Checkpoint(
+        path=path,
+        name=named.name.removesuffix(parts.SUFFIX),
+        layout=layout,
+        layout_reason=reason,
+        config=beside.read_config(config_path) if is_model and config_path is not None else {},
+        config_path=config_path if is_model and config_path is not None else headers[0].path,
+        tensors=tensors,
+        stamps={one.path: one.stamp for one in headers},
+        metadata=tuple(one.metadata for one in headers),
+        side_files=side_files,
+        left_out=left_out,
+        notes=tuple(note for one in found for note in one.notes),
+        step=parts.step(headers[0].metadata, named.name) or step,
+        parts=() if is_model else tuple(made),
+    )
+
+
+def _renamed(tensor: StoredTensor, name: str) -> StoredTensor:
+    return StoredTensor(dataclasses.replace(tensor.spec, name=name), tensor.extent)
 
 
 def _opened_pieces(
@@ -162,24 +239,19 @@ def _opened_pieces(
     run = named.parent
     found = consolidate.read(layouts.FAMILIES[layout], folder, listing, assets=assets, run=run)
     gathered = found.gathered
-    side_files, left_out = _side_files(folder, listing, assets)
-    known = {file.relpath for file in side_files} | {weights.CONFIG_NAME}
-    extra: dict[str, SideFile] = {}
-    for file in found.beside:
-        if file.name not in known and file.name not in extra:
-            extra[file.name] = SideFile(relpath=file.name, path=file, nbytes=file.stat().st_size)
-    step = layouts.step_of(folder, named.name.partition(".")[0])
+    side_files, left_out = beside.side_files(folder, listing, assets, inner=gathered.assets)
+    step = layouts.step_of(folder, named.name)
     return Checkpoint(
         path=path,
         name=named.name,
         layout=layout,
         layout_reason=reason,
-        config=_checked_config(dict(found.config), found.config_path),
+        config=beside.checked_config(dict(found.config), found.config_path),
         config_path=found.config_path,
         tensors=gathered.tensors,
         stamps=gathered.stamps,
         metadata=gathered.metadata,
-        side_files=tuple(sorted((*side_files, *extra.values()), key=lambda one: one.relpath)),
+        side_files=beside.with_files(side_files, found.beside),
         left_out=left_out,
         notes=gathered.notes,
         step=gathered.step if step is None else step,
@@ -193,8 +265,8 @@ def _opened_adapter(
     """Return the adapter in the folder at `path`; its config is empty, for it has no model's."""
     weights_path = path / adapter_files.find(path, listing.by_name)
     said = adapter_files.read_config(path / adapter_files.CONFIG_NAME)
-    weight_file = header.read(weights_path)
-    side_files, left_out = _side_files(path, listing, assets)
+    found = _adapter_weights(weights_path)
+    side_files, left_out = beside.side_files(path, listing, assets)
     return Checkpoint(
         path=path,
         name=name,
@@ -202,13 +274,25 @@ def _opened_adapter(
         layout_reason=reason,
         config={},
         config_path=path / adapter_files.CONFIG_NAME,
-        tensors=tensors_of(path, [weight_file], None),
-        stamps={weight_file.path: weight_file.stamp},
-        metadata=(weight_file.metadata,),
+        tensors=found.tensors,
+        stamps=found.stamps,
+        metadata=found.metadata,
         side_files=side_files,
         left_out=left_out,
-        notes=(adapter_files.describe(said),),
+        notes=(adapter_files.describe(said), *found.notes),
         step=layouts.step_of(path, name),
+    )
+
+
+def _adapter_weights(path: Path) -> Gathered:
+    """Return the tensors of an adapter's one file; a pickled one is read without running it."""
+    if path.name == adapter_files.PICKLED_NAME:
+        return pickled.of_file(path)
+    read = header.read(path)
+    return Gathered(
+        tensors=tensors_of(path.parent, [read], None),
+        stamps={read.path: read.stamp},
+        metadata=(read.metadata,),
     )
 
 
@@ -219,15 +303,15 @@ def _opened_gguf(
     folder, wanted = (path, None) if path.is_dir() else (path.parent, path.name)
     files = gguf_files.find(folder, tuple(listing.by_name), wanted=wanted)
     model = gguf_model.open_model(folder, files)
-    config_path = _config_path(folder, listing, assets, required=False)
-    side_files, left_out = _side_files(folder, listing, assets)
+    config_path = beside.find_config(folder, listing, assets)
+    side_files, left_out = beside.side_files(folder, listing, assets)
     travelling = frozenset(file.relpath for file in side_files)
     return Checkpoint(
         path=path,
         name=name.removesuffix(gguf_files.SUFFIX),
         layout="gguf",
         layout_reason=reason,
-        config=_checked_config(model.config(config_path), config_path or path),
+        config=beside.checked_config(model.config(config_path), config_path or path),
         config_path=config_path or model.headers[0].path,
         tensors=tensors_of(folder, model.headers, None),
         stamps={part.path: part.stamp for part in model.headers},
@@ -284,7 +368,11 @@ def tensors_of(
 
 def identifying_files(source: Checkpoint) -> list[tuple[str, Path]]:
     """Return the files whose content identifies the checkpoint: weights, config, side files."""
-    files = [(path.name, path) for path in source.stamps]
+    folder = source.path if source.path.is_dir() else source.path.parent
+    files = [
+        (path.relative_to(folder).as_posix() if source.parts else path.name, path)
+        for path in source.stamps
+    ]
     sides = {file.path for file in source.side_files}
     if source.config_path not in source.stamps and source.config_path not in sides:
         files.append((source.config_path.name, source.config_path))
@@ -304,77 +392,3 @@ def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
             found = error.strerror or "an error"
         if found != str(stamp):
             raise SourceChanged(path=path, expected=str(stamp), found=found)
-
-
-@overload
-def _config_path(path: Path, listing: Listing, assets: Path | None) -> Path: ...
-
-
-@overload
-def _config_path(
-    path: Path, listing: Listing, assets: Path | None, *, required: bool
-) -> Path | None: ...
-
-
-def _config_path(
-    path: Path, listing: Listing, assets: Path | None, *, required: bool = True
-) -> Path | None:
-    if weights.CONFIG_NAME in listing.by_name:
-        return path / weights.CONFIG_NAME
-    if assets is not None and (assets / weights.CONFIG_NAME).is_file():
-        return assets / weights.CONFIG_NAME
-    if not required:
-        return None
-    raise CheckpointIncomplete(
-        f"{weights.CONFIG_NAME} is missing",
-        path=path,
-        hint="name a folder that has it with `assets:` in the definition (--assets on the "
-        "command line)",
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    return _checked_config(index.read_json(path), path)
-
-
-def _checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str | None):
-        raise CheckpointCorrupt(
-            "model_type is not text", path=path, expected="a name", found=repr(model_type)[:120]
-        )
-    return config
-
-
-def _side_files(
-    path: Path, listing: Listing, assets: Path | None
-) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
-    chosen: dict[str, SideFile] = {}
-    left_out = []
-    for file in listing.files:
-        fate = sidefiles.fate(file.relpath)
-        if fate is sidefiles.Fate.UNKNOWN and not file.relpath.startswith("."):
-            left_out.append(file.relpath.encode("utf-8", "backslashreplace").decode())
-        if fate is sidefiles.Fate.TRAVELS and file.relpath != weights.CONFIG_NAME:
-            chosen[file.relpath] = SideFile(
-                relpath=file.relpath, path=path / file.relpath, nbytes=file.size
-            )
-    if assets is not None:
-        for file in _list_assets(assets).files:
-            if file.relpath in chosen or file.relpath == weights.CONFIG_NAME:
-                continue
-            if sidefiles.fate(file.relpath) is sidefiles.Fate.TRAVELS:
-                chosen[file.relpath] = SideFile(
-                    relpath=file.relpath, path=assets / file.relpath, nbytes=file.size
-                )
-    return tuple(chosen[name] for name in sorted(chosen)), tuple(sorted(left_out))
-
-
-def _list_assets(assets: Path) -> Listing:
-    if not assets.is_dir():
-        raise CheckpointIncomplete(
-            "the assets folder does not exist",
-            path=assets,
-            hint="correct `assets:` in the definition (--assets on the command line)",
-        )
-    return list_files(assets, within=Path("/"))

@@ -9,9 +9,10 @@ to them. Source: `torch.save`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,14 +62,30 @@ class Inert:
     the global. Making an instance remembers the call, and nothing else happens.
     """
 
-    __slots__ = ("args", "items", "kwargs", "state")
+    __slots__ = ("_items", "_kwargs", "args", "state")
     name: ClassVar[str] = ""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.args = args
-        self.kwargs = kwargs
         self.state: Any = None
-        self.items: list[Any] = []
+        self._kwargs = kwargs or None  # most have none, and there may be a million of them
+        self._items: list[Any] | None = None
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """The keyword arguments."""
+        return self._kwargs or {}
+
+    @property
+    def items(self) -> Sequence[Any]:
+        """The elements it was given."""
+        return self._items or ()
+
+    def extend(self, values: Iterable[Any]) -> None:
+        """Remember more elements."""
+        if self._items is None:
+            self._items = []
+        self._items.extend(values)
 
     @property
     def of(self) -> str:
@@ -139,8 +156,32 @@ def loads(data: bytes, *, path: Path) -> Any:
             expected=f"at most {MAX_PICKLE_BYTES} bytes",
             found=f"{len(data)}",
         )
-    try:
+    with _translated(path):
         return pickle_machine.run(data, _Meanings())
+
+
+def loads_row(
+    data: bytes, count: int, *, path: Path
+) -> tuple[list[Any], Mapping[str, StorageRef], int]:
+    """Return the values of `count` pickles in a row, the storages they refer to, and their end.
+
+    Raises:
+        CheckpointCorrupt: as `loads`.
+    """
+    meanings = _Meanings()
+    values = []
+    end = 0
+    with _translated(path):
+        for _ in range(count):
+            value, end = pickle_machine.run_first(data, meanings, end)
+            values.append(value)
+    return values, meanings.storages, end
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (
         PickleError, ValueError, TypeError, LookupError, AttributeError, RecursionError,
         OverflowError, MemoryError, struct.error,
@@ -157,6 +198,7 @@ class _Meanings:
 
     def __init__(self) -> None:
         self._stand_ins: dict[str, type[Inert]] = {}
+        self.storages: dict[str, StorageRef] = {}
 
     def find(self, module: str, name: str) -> Any:
         """Return the meaning of a global, or a stand-in of its name."""
@@ -180,7 +222,11 @@ class _Meanings:
             raise PickleError(f"unknown storage {name!r}")
         if type(key) is not str:
             raise PickleError("a storage without a key")
-        return StorageRef(key, _STORAGES[name], numel)
+        if len(pid) > 5 and pid[5] is not None:
+            raise PickleError("a storage that is a view of another")
+        storage = StorageRef(key, _STORAGES[name], numel)
+        self.storages.setdefault(key, storage)
+        return storage
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what a known function makes, or a stand-in that remembers the call."""
@@ -203,7 +249,7 @@ class _Meanings:
         """Remember the elements of a stand-in."""
         if not isinstance(made, Inert):
             raise PickleError(f"a {type(made).__name__} has no elements")
-        made.items.extend(values)
+        made.extend(values)
 
     def put(self, made: Any, key: Any, value: Any) -> None:
         """Remember an item of a stand-in."""

@@ -13,22 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ckptd.checkpoint import adapter_files
+from ckptd.checkpoint import adapter_files, parts
 from ckptd.checkpoint.consolidate import (
     dcp,
     dcp_safetensors,
+    inner,
     pickled,
     ranks,
     refused,
     zero,
 )
-from ckptd.checkpoint.consolidate.gathered import Family
+from ckptd.checkpoint.consolidate.gathered import Family, has_plain_weights
 from ckptd.checkpoint.listing import Listing
 from ckptd.errors import CheckpointUnsupported
 
 TRAINER_STATE_NAME = "trainer_state.json"
+_ADAPTER_FOLDERS = ("", "model/", "lora_adapter/", "actor/lora_adapter/")
+"""Where trainers put an adapter: PEFT itself, NeMo Automodel, verl."""
 _STEP_FOLDER = re.compile(r"^checkpoint-(\d+)$")
-_STEP_IN_NAME = re.compile(r"(?:step|checkpoint|iter|ckpt)[-_]?(\d+)$|[-_](\d+)$", re.IGNORECASE)
+_STEP_NAMED = re.compile(r"(?:step|checkpoint|iter|ckpt)[-_=]?(\d{1,15})(?=$|[-_])", re.IGNORECASE)
+_STEP_AT_END = re.compile(r"[-_](\d{1,15})$")
 _TRAINER_ONLY = re.compile(r"^(trainer_state\.json|training_args\.bin|rng_state.*\.pth)$")
 _TRAINER_FILES = re.compile(r"^(optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|rng_state.*\.pth)$")
 
@@ -104,15 +108,18 @@ class Peft:
 
     def recognise(self, folder_name: str, listing: Listing) -> str | None:
         """Return the file of the adapter that is there."""
-        found = adapter_files.recognise({file.relpath for file in listing.files})
-        return None if found is None else f"{found} is there, and no whole model"
+        folder = adapter_folder(listing)
+        if folder is None:
+            return None
+        found = adapter_files.recognise(listing.below(folder).by_name)
+        return f"{folder}{found} is there, and no whole model"
 
     def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
         """Return the Trainer's last file, where one saved it, else adapter_config.json."""
         if HfTrainer().recognise(folder_name, listing) is not None:
             return HfTrainer().marker(path, listing, folder_name)
-        there = adapter_files.CONFIG_NAME in {file.relpath for file in listing.files}
-        return Marker(name=adapter_files.CONFIG_NAME, problem=None if there else "not written yet")
+        name = (adapter_folder(listing) or "") + adapter_files.CONFIG_NAME
+        return Marker(name=name, problem=None if name in listing.by_name else "not written yet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +138,36 @@ class HfFolder:
 
     def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
         """Return None: only quiet tells that save_pretrained has ended."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Diffusers:
+    """A pipeline of diffusers, components that accelerate saved, or one component alone."""
+
+    name: str = parts.DIFFUSERS
+
+    def recognise(self, folder_name: str, listing: Listing) -> str | None:
+        """Return the file that only diffusers writes."""
+        return parts.recognise_pipeline(listing)
+
+    def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
+        """Return None: components are written in any order, and nothing ends the save."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class FlatFile:
+    """A safetensors file that is a checkpoint by itself: kohya's, and LoRAs of diffusers."""
+
+    name: str = parts.FLAT
+
+    def recognise(self, folder_name: str, listing: Listing) -> str | None:
+        """Return the file, where nothing says that it belongs to a model's folder."""
+        return parts.recognise_file(listing)
+
+    def marker(self, path: Path, listing: Listing, folder_name: str) -> Marker | None:
+        """Return None: only quiet tells that the file has been written."""
         return None
 
 
@@ -185,6 +222,12 @@ FAMILIES: dict[str, Family] = {
         refused.MEGATRON_LEGACY,
         refused.ORBAX,
         refused.ZERO_UNIVERSAL,
+        refused.OLMO_CORE,
+        refused.MODEL_PARALLEL,
+        refused.TUNE_PARTS,
+        refused.SEVERAL_MODELS,
+        refused.SEVERAL_FSDP,
+        inner.INNER,
         zero.ZERO,
         dcp_safetensors.DCP_SAFETENSORS,
         dcp.DCP,
@@ -198,12 +241,33 @@ FAMILIES: dict[str, Family] = {
 
 LAYOUTS: dict[str, Layout] = {
     "peft": Peft(),
+    parts.DIFFUSERS: Diffusers(),
     **{name: Consolidated(family) for name, family in FAMILIES.items()},
+    parts.FLAT: FlatFile(),
     "hf-trainer": HfTrainer(),
     "gguf": GgufModel(),
     "hf": HfFolder(),
 }
 """In the order in which they are asked."""
+TITLES = {
+    "peft": "an adapter of PEFT",
+    parts.DIFFUSERS: "components of diffusers",
+    parts.FLAT: "a file that is a checkpoint by itself",
+    "hf-inner": "a model for transformers in a folder of the checkpoint",
+    "deepspeed": "DeepSpeed ZeRO's partitions",
+    "dcp": "torch's distributed checkpoint",
+    "dcp-safetensors": "safetensors shards of torch's distributed checkpoint",
+    "verl": "verl's files, one a rank",
+    "fsdp-ranks": "FSDP's files, one a rank",
+    "pickled": "weights of torch.save",
+    "lightning": "a checkpoint of Lightning",
+    "hf-trainer": "a checkpoint of the Hugging Face Trainer",
+    "gguf": "a model of llama.cpp",
+    "hf": "a model for transformers",
+}
+"""What a layout is, for people; those that are refused say so themselves."""
+IN_PARTS = frozenset({parts.DIFFUSERS, parts.FLAT})
+"""Layouts whose weights are no transformers model: see `parts`."""
 
 
 def choose(path: Path, listing: Listing, layout: str = "auto") -> tuple[Layout, str]:
@@ -225,6 +289,16 @@ def choose(path: Path, listing: Listing, layout: str = "auto") -> tuple[Layout, 
     return LAYOUTS["hf"], "nothing else recognised it"
 
 
+def adapter_folder(listing: Listing) -> str | None:
+    """Return where below the checkpoint an adapter is, with a slash; None where there is none."""
+    if has_plain_weights(listing):
+        return None
+    for folder in _ADAPTER_FOLDERS:
+        if adapter_files.recognise(listing.below(folder).by_name) is not None:
+            return folder
+    return None
+
+
 def family_of(folder_name: str, listing: Listing, layout: str = "auto") -> Family | None:
     """Return the family that gathers the weights of a folder of this name, if one does."""
     try:
@@ -242,5 +316,8 @@ def step_of(path: Path, folder_name: str) -> int | None:
         step = None
     if type(step) is int:
         return step
-    match = _STEP_IN_NAME.search(folder_name)
-    return int(match[1] or match[2]) if match else None
+    name = folder_name.removesuffix(".safetensors")
+    for suffix in pickled.SUFFIXES:
+        name = name.removesuffix(suffix)
+    match = _STEP_NAMED.search(name) or _STEP_AT_END.search(name)
+    return int(match[1]) if match else None

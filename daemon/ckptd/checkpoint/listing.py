@@ -7,12 +7,14 @@ quiet; completeness and pin work from the same list, so that all three speak of 
 What is listed: regular files, in folders at most `MAX_DEPTH` deep, sorted by name. A symbolic link
 to a regular file is listed with the size and times of its target while the target stays inside the
 folder (or inside `within`). Everything else (links that leave, links to folders, sockets, devices)
-is left out and named in `Listing.ignored`. Folders whose name starts with a dot are invisible;
+is left out and named in `Listing.ignored`. Folders whose name starts with a dot are invisible, but
+for those in which a trainer keeps what belongs to the model;
 files with such names are listed, for `.metadata` and `.tmpXXXXXX` tell whether a save is whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import stat
@@ -27,6 +29,9 @@ MAX_DEPTH = 8
 """Folders below the checkpoint that are looked into; the deepest known layout has four."""
 MAX_FILES = 200_000
 """Files after which a folder is no checkpoint: a glob that hit a data set must not stall a scan."""
+
+VISIBLE = frozenset({".hf_metadata"})
+"""Folders with a dot that are looked into: NeMo Automodel keeps config and tokenizer there."""
 
 Fingerprint = tuple[tuple[str, int, int, int], ...]
 """(relpath, inode, size, mtime_ns) of every file, sorted. The change time is left out: our own hard
@@ -46,6 +51,10 @@ class ListedFile:
     mtime_ns: int
     is_link: bool = False
     """A symbolic link whose target (which the other fields describe) stays inside the folder."""
+    ctime_ns: int = 0
+    """The change time: moves with every write, and also with each hard link, ours among them."""
+    num_links: int = 1
+    """Hard links to the file; where it moved together with `ctime_ns`, nothing was written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,9 @@ class Listing:
     """Sorted by `relpath`."""
     ignored: tuple[str, ...] = ()
     """Names that are there but are not listed (links that leave the folder, sockets...), sorted."""
+    folders: tuple[str, ...] = ()
+    """The folders that were looked into, as `relpath`s, `.` for the checkpoint itself; none for a
+    single file."""
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -84,6 +96,19 @@ class Listing:
     def nbytes(self) -> int:
         """Bytes of all files together."""
         return sum(file.size for file in self.files)
+
+    def below(self, folder: str) -> Listing:
+        """Return the files in `folder` (a relative path; empty for all), named as seen from there."""
+        if not folder:
+            return self
+        inner = folder.rstrip("/") + "/"
+        files = tuple(
+            dataclasses.replace(file, relpath=file.relpath.removeprefix(inner))
+            for file in self.files
+            if file.relpath.startswith(inner)
+        )
+        base_path = self.base_path / folder
+        return Listing(path=base_path, base_path=base_path, files=files)
 
     def path_of(self, file: ListedFile) -> Path:
         """Return the absolute path of `file`."""
@@ -114,7 +139,11 @@ def list_files(path: Path, *, within: Path | None = None) -> Listing:
         walk = _Walk(base_path=real_path, within=(within or real_path).resolve())
         files = tuple(sorted(walk.files(real_path, "", 0), key=lambda file: file.relpath))
         return Listing(
-            path=real_path, base_path=real_path, files=files, ignored=tuple(sorted(walk.ignored))
+            path=real_path,
+            base_path=real_path,
+            files=files,
+            ignored=tuple(sorted(walk.ignored)),
+            folders=tuple(walk.folders),
         )
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise errors.CheckpointVanished(path=path) from exc
@@ -135,6 +164,7 @@ class _Walk:
         self.base_path = base_path
         self.within = within
         self.ignored: list[str] = []
+        self.folders: list[str] = []
         self._num_files = 0
 
     def files(self, folder: Path, prefix: str, depth: int) -> Iterator[ListedFile]:
@@ -145,11 +175,12 @@ class _Walk:
             if depth == 0:
                 raise
             return
+        self.folders.append(prefix.rstrip("/") or ".")
         for entry in entries:
             relpath = prefix + entry.name
             try:
                 if entry.is_dir(follow_symlinks=False):
-                    if not entry.name.startswith("."):
+                    if not entry.name.startswith(".") or entry.name in VISIBLE:
                         yield from self._folder(entry, relpath, depth + 1)
                     continue
                 file = self._file(entry, relpath)
@@ -199,4 +230,6 @@ def _listed(relpath: str, status: os.stat_result, *, is_link: bool) -> ListedFil
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         is_link=is_link,
+        ctime_ns=status.st_ctime_ns,
+        num_links=status.st_nlink,
     )

@@ -1,8 +1,8 @@
 """The machine that a pickle is a program for, without what makes it dangerous.
 
 It builds plain data: numbers, text, bytes, tuples, lists, dicts. Whatever would import or call
-goes to the caller's `find`, which answers with harmless values. Everything costs: the number of
-objects is limited, so that a few bytes cannot fill the memory; keys of dicts are text, numbers or
+goes to the caller's `find`, which answers with harmless values. Everything costs by the memory it
+takes, so that a few bytes cannot fill it; keys of dicts are text, numbers or
 told apart by identity (tuples and others in a `Key`), so that no value is hashed that a hostile
 file has folded into itself a thousand times. Source: the pickle protocols 2 to 5 (PEP 307, 3154, 574).
 """
@@ -13,8 +13,15 @@ import struct
 from collections.abc import Callable
 from typing import Any, Protocol
 
-MAX_OBJECTS = 8_000_000
-"""Containers, texts and instances; half a million chunks of a distributed checkpoint have them."""
+MAX_UNITS = 20_000_000
+"""What the values may take, in units of at most 32 bytes: 600 MB. A chunk of a distributed
+checkpoint takes some 90 of them and half of their memory."""
+MAX_STACK = 4_000_000
+"""Values on the stack, and those that are remembered: 32 MB, and 128 MB."""
+_LOOK_BYTES = 4096
+"""Bytes of the program, thus operations at most, between two looks at the stack."""
+_TEXT, _TUPLE, _LIST, _DICT, _ITEM, _MADE = 3, 3, 3, 3, 2, 4
+"""Units of a value besides those of what it holds."""
 MAX_INTEGER_BYTES = 64
 _MAX_LINE_BYTES = 4096
 _PROTOCOLS = range(2, 6)
@@ -67,29 +74,50 @@ def run(data: bytes, reader: Reader) -> Any:
     return _Machine(data, reader).run()
 
 
+def run_first(data: bytes, reader: Reader, begin: int) -> tuple[Any, int]:
+    """Return the value of the pickle at `begin` of `data`, and where it ends; raises as `run`."""
+    machine = _Machine(data, reader, begin)
+    return machine.run(), machine.place
+
+
 class _Machine:
     """One run: a place in the data, a stack of values, marks in it, and a memo."""
 
-    def __init__(self, data: bytes, reader: Reader) -> None:
+    def __init__(self, data: bytes, reader: Reader, begin: int = 0) -> None:
         self._data = data
-        self._place = 0
+        self._place = begin
         self._stack: list[Any] = []
         self._marked: list[list[Any]] = []
-        self._memo: dict[int, Any] = {}
-        self._left = MAX_OBJECTS
+        self._height = 0
+        self._memo: list[Any] = []
+        self._sparse: dict[int, Any] = {}
+        self._left = MAX_UNITS
         self._reader = reader
         self._stopped = False
+
+    @property
+    def place(self) -> int:
+        """Where the next operation would be."""
+        return self._place
 
     def run(self) -> Any:
         table: list[Callable[[], None]] = [self._unknown] * 256
         for code, name in _CODES.items():
             table[code] = getattr(self, name)
         data = self._data
+        next_look = _LOOK_BYTES
         while not self._stopped:
             code = data[self._place]
             self._place += 1
             table[code]()
+            if self._place > next_look:
+                self._look()
+                next_look = self._place + _LOOK_BYTES
         return self._stack.pop()
+
+    def _look(self) -> None:
+        if self._height + len(self._stack) > MAX_STACK or len(self._memo) > 4 * MAX_STACK:
+            raise PickleError("it keeps too many values at once")
 
     # The data.
 
@@ -114,14 +142,15 @@ class _Machine:
     def _spend(self, count: int = 1) -> None:
         self._left -= count
         if self._left < 0:
-            raise PickleError(f"it has more than {MAX_OBJECTS:,} objects")
+            raise PickleError("it has more objects than any checkpoint's")
 
-    def _push(self, value: Any) -> None:
-        self._spend()
+    def _push(self, value: Any, cost: int = 1) -> None:
+        self._spend(cost)
         self._stack.append(value)
 
     def _unmark(self) -> list[Any]:
         values, self._stack = self._stack, self._marked.pop()
+        self._height -= len(self._stack)
         return values
 
     # Control.
@@ -140,7 +169,8 @@ class _Machine:
         self._stopped = True
 
     def _mark(self) -> None:
-        self._spend()
+        self._spend(_LIST)
+        self._height += len(self._stack)
         self._marked.append(self._stack)
         self._stack = []
 
@@ -160,17 +190,26 @@ class _Machine:
         self._remember(self._number(4))
 
     def _memoize(self) -> None:
-        self._remember(len(self._memo))
+        self._remember(len(self._memo) + len(self._sparse))
 
     def _remember(self, place: int) -> None:
-        self._spend()
-        self._memo[place] = self._stack[-1]
+        if place == len(self._memo):
+            self._memo.append(self._stack[-1])
+        elif place < len(self._memo):
+            self._memo[place] = self._stack[-1]
+        else:
+            self._spend(_DICT)
+            self._sparse[place] = self._stack[-1]
+
+    def _recall(self, place: int) -> None:
+        remembered = self._sparse if place in self._sparse else self._memo
+        self._stack.append(remembered[place])
 
     def _get_byte(self) -> None:
-        self._stack.append(self._memo[self._number(1)])
+        self._recall(self._number(1))
 
     def _get_word(self) -> None:
-        self._stack.append(self._memo[self._number(4)])
+        self._recall(self._number(4))
 
     # Numbers and text.
 
@@ -184,66 +223,73 @@ class _Machine:
         self._stack.append(False)
 
     def _int(self) -> None:
-        self._stack.append(_INT.unpack(self._take(4))[0])
+        self._push(_INT.unpack(self._take(4))[0])
 
     def _int_byte(self) -> None:
         self._stack.append(self._number(1))
 
     def _int_short(self) -> None:
-        self._stack.append(self._number(2))
+        self._push(self._number(2))
 
     def _long(self) -> None:
         nbytes = self._number(1)
         if nbytes > MAX_INTEGER_BYTES:
             raise PickleError(f"an integer of {nbytes} bytes")
-        self._stack.append(int.from_bytes(self._take(nbytes), "little", signed=True))
+        self._push(int.from_bytes(self._take(nbytes), "little", signed=True), _TEXT)
 
     def _float(self) -> None:
-        self._stack.append(_DOUBLE.unpack(self._take(8))[0])
+        self._push(_DOUBLE.unpack(self._take(8))[0])
+
+    def _text(self, raw: bytes) -> None:
+        # A character takes up to four bytes in memory where one of the text is beyond Latin.
+        self._push(raw.decode("utf-8", "surrogatepass"), _TEXT + len(raw) // 8)
+
+    def _bytes(self, raw: bytes) -> None:
+        self._push(raw, _TEXT + len(raw) // 32)
 
     def _text_byte(self) -> None:
-        self._push(self._take(self._number(1)).decode("utf-8", "surrogatepass"))
+        self._text(self._take(self._number(1)))
 
     def _text_word(self) -> None:
-        self._push(self._take(self._number(4)).decode("utf-8", "surrogatepass"))
+        self._text(self._take(self._number(4)))
 
     def _text_long(self) -> None:
-        self._push(self._take(self._number(8)).decode("utf-8", "surrogatepass"))
+        self._text(self._take(self._number(8)))
 
     def _bytes_byte(self) -> None:
-        self._push(self._take(self._number(1)))
+        self._bytes(self._take(self._number(1)))
 
     def _bytes_word(self) -> None:
-        self._push(self._take(self._number(4)))
+        self._bytes(self._take(self._number(4)))
 
     def _bytes_long(self) -> None:
-        self._push(self._take(self._number(8)))
+        self._bytes(self._take(self._number(8)))
 
     # Containers. Sets are lists: nobody here asks whether something is in one.
 
     def _empty_list(self) -> None:
-        self._push([])
+        self._push([], _LIST)
 
     def _empty_dict(self) -> None:
-        self._push({})
+        self._push({}, _DICT)
 
     def _empty_tuple(self) -> None:
         self._stack.append(())
 
     def _tuple(self) -> None:
         values = tuple(self._unmark())
-        self._push(values)
+        self._push(values, _TUPLE + len(values) // 4)
 
     def _tuple1(self) -> None:
-        self._spend()
+        self._spend(_TUPLE)
         self._stack[-1:] = [(self._stack[-1],)]
 
     def _tuple2(self) -> None:
-        self._spend()
+        self._spend(_TUPLE)
         self._stack[-2:] = [(self._stack[-2], self._stack[-1])]
 
     def _tuple3(self) -> None:
-        self._spend()
+        self._spend(_TUPLE)
         self._stack[-3:] = [(self._stack[-3], self._stack[-2], self._stack[-1])]
 
     def _append(self) -> None:
@@ -254,6 +300,7 @@ class _Machine:
         self._add(self._unmark())
 
     def _add(self, values: list[Any]) -> None:
+        self._spend(1 + len(values) // 4)
         made = self._stack[-1]
         if type(made) is list:
             made.extend(values)
@@ -272,8 +319,8 @@ class _Machine:
             self._set(made, values[place], values[place + 1])
 
     def _set(self, made: Any, key: Any, value: Any) -> None:
+        self._spend(_ITEM)
         if isinstance(made, dict):
-            self._spend()
             made[_as_key(key)] = value
         else:
             self._reader.put(made, key, value)
@@ -306,8 +353,7 @@ class _Machine:
     def _call(self, function: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if type(args) is not tuple:
             raise PickleError("arguments that are no tuple")
-        self._spend(1 + len(args) // 8)
-        self._push(self._reader.call(function, args, kwargs))
+        self._push(self._reader.call(function, args, kwargs), _MADE + len(args) // 4)
 
     def _build(self) -> None:
         state = self._stack.pop()

@@ -24,11 +24,16 @@ MAX_STRIDED_ROWS = 65_536
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Elements that lie in a row in a file: their shape, and where in the grid the first goes."""
+    """Elements that lie in a row in a file: their shape, and where in the grid the first goes.
+
+    With `step` 2, of a matrix: every second row of the extent, from its row `first` on.
+    """
 
     at: tuple[int, ...]
     shape: tuple[int, ...]
     extent: Extent
+    step: int = 1
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ def assemble(
     if not full:
         extent = boxes[0].extent if boxes else Extent(path, 0, 0)
         return StoredTensor(spec, Extent(extent.path, extent.offset, 0))
-    if len(full) == 1:
+    if len(full) == 1 and full[0].step == 1:
         return StoredTensor(spec, full[0].extent)
     return Assembled(spec, grid, full)
 

@@ -2,10 +2,13 @@
 
 A pin is a folder `<root>/.ckptd/pins/<id>/` on the same mount as the checkpoint. Each file is
 reflinked where the filesystem can (safe from deletion and from rewriting), else hard-linked (safe
-from deletion; a rewrite in place shows in the file's stamp), else copied once the folder is quiet.
-Under hard links, files other than weights are copied all the same: trainers rewrite them in place.
-`refresh` may be called again and again while the folder grows; it never touches the source, and a
-file that the trainer has deleted stays pinned.
+from deletion; a rewrite in place shows in the file's stamp), else held open (safe from deletion
+while the daemon lives) and copied once the folder is quiet or gone. `probe` tries which of these
+work below a root; what fails for one file (another mount below, a file of another user) goes one
+step down for that file. Under hard links, files other than weights are copied all the same:
+trainers rewrite them in place. `refresh` may be called again and again while the folder grows; it
+never touches the source, and a file that the trainer has deleted stays pinned, unless the folder's
+weights have come in another form (a ZeRO checkpoint, whose gathered weights are written last).
 """
 
 from __future__ import annotations
@@ -13,23 +16,24 @@ from __future__ import annotations
 import enum
 import errno
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ckptd.checkpoint import layouts, sidefiles, writer
+from ckptd.checkpoint import layouts, open_files, origin, sidefiles, weights, whole, writer
+from ckptd.checkpoint.consolidate import assets
 from ckptd.checkpoint.consolidate.gathered import Family
 from ckptd.checkpoint.listing import ListedFile, Listing
+from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.errors import CheckpointUnsupported, CkptdError, StorageFailed
 
 FOLDER_NAME = ".ckptd"
 """The folder beside the watched checkpoints that holds pins; invisible to the globs."""
-ORIGIN_NAME = ".ckptd-origin.json"
-"""The file in a pin that says which folder it is a pin of."""
+NOTES = frozenset({origin.NAME, whole.NOTE_NAME})
+"""Files in a pin that are our own."""
 _FICLONE = 0x40049409
 """ioctl of linux/fs.h: make one file a reflink of another."""
 _NO_LINK = frozenset(
@@ -44,6 +48,7 @@ _NO_LINK = frozenset(
         errno.EMLINK,
     }
 )
+_VANISHED = frozenset({errno.ENOENT, errno.ESTALE})
 _COPY_BYTES = 1 << 20
 _MARKERS = frozenset({"trainer_state.json", "training_args.bin", "latest"})
 """Trainer state by which a layout and its end are told; never published."""
@@ -54,15 +59,18 @@ class PinMethod(enum.StrEnum):
 
     REFLINK = "reflink"
     HARD_LINK = "hard link"
+    OPEN_FILES = "open files"
     COPY = "copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinReport:
-    """What one refresh did: files linked or copied, and those that went away before it."""
+    """What one refresh did: files linked or copied, those that went away before it, and those that
+    are neither that nor held open and wait for the copy."""
 
     linked: int
     vanished: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 def probe(root: Path) -> PinMethod:
@@ -91,7 +99,7 @@ def probe(root: Path) -> PinMethod:
             finally:
                 target.unlink(missing_ok=True)
             return method
-        return PinMethod.COPY
+        return PinMethod.OPEN_FILES if open_files.works(folder) else PinMethod.COPY
     finally:
         source.unlink(missing_ok=True)
 
@@ -112,60 +120,70 @@ def wanted(relpath: str, family: Family | None = None) -> bool:
     return True
 
 
-def refresh(source: Path, listing: Listing, pin_path: Path, method: PinMethod) -> PinReport:
+def refresh(
+    source: Path,
+    listing: Listing,
+    pin_path: Path,
+    method: PinMethod,
+    *,
+    held: OpenFiles | None = None,
+    early: bool = False,
+) -> PinReport:
     """Bring the pin at `pin_path` up to the `listing` of `source`; safe to call twice.
+
+    Weights that can be neither cloned nor linked are kept open in `held` where this is `early`, and
+    else copied, from there if the trainer has deleted them since. Where config and tokenizer may be
+    those of the run's folder, these are copied too.
 
     Raises:
         CheckpointUnsupported: this user may not read a file that must be copied.
         NoSpace: a copy does not fit.
         StorageFailed: the pin folder cannot be written.
     """
-    linked, vanished = 0, []
     family = layouts.family_of(source.name, listing)
+    work = _Refresh(source, pin_path, method, held=held if held is not None else OpenFiles(most=0))
     for file in listing.files:
-        if not wanted(file.relpath, family):
-            continue
-        target = pin_path / file.relpath
-        how = _method_for(file.relpath, method, family)
-        if _is_current(target, file.ino, file.size, file.mtime_ns, how):
-            continue
+        if wanted(file.relpath, family):
+            is_weights = _is_weights(file.relpath, family)
+            work.take(file, is_weights=is_weights, holding=early and is_weights)
+    if family is None:
+        _drop_unwanted(pin_path)
+    if family is not None or weights.CONFIG_NAME not in listing.by_name:
+        _pin_run_files(listing.path.parent, pin_path)
+    return PinReport(linked=work.linked, vanished=tuple(work.vanished), left=tuple(work.left))
+
+
+def materialize(pin_path: Path, held: OpenFiles) -> None:
+    """Copy into the pin what is only held open, and let go of it: the source is gone.
+
+    Raises:
+        NoSpace, StorageFailed: a copy could not be written.
+    """
+    for relpath in held.names(pin_path):
+        path, target = held.path_of(pin_path, relpath), pin_path / relpath
+        assert path is not None
         try:
-            path = source / file.relpath
-            _pin_file(_target_of(path, file) if file.is_link else path, target, how)
-            linked += 1
-        except FileNotFoundError:
-            vanished.append(file.relpath)
+            _pin_file(path, target, PinMethod.COPY)
         except OSError as error:
-            raise _translated(error, target, file.size) from error
-    return PinReport(linked=linked, vanished=tuple(vanished))
+            if error.errno == errno.ESTALE:  # of NFS, where another host has deleted it
+                continue
+            raise _translated(error, target, path.stat().st_size) from error
+    held.release(pin_path)
 
 
 def prune(pin_path: Path, listing: Listing) -> None:
     """Remove pinned files that `listing`, the final state of the source, no longer has."""
-    names = {file.relpath for file in listing.files}
-    names.add(ORIGIN_NAME)
-    for path in sorted(pin_path.rglob("*"), reverse=True):
-        if not path.is_dir() and path.relative_to(pin_path).as_posix() not in names:
+    names = {file.relpath for file in listing.files} | NOTES
+    for path in _pinned(pin_path):
+        if path.relative_to(pin_path).as_posix() not in names:
             path.unlink(missing_ok=True)
 
 
-def write_origin(pin_path: Path, origin: Mapping[str, str]) -> None:
-    """Note in the pin where it comes from, so that a restart can tell.
-
-    Raises:
-        NoSpace, StorageFailed: the pin folder cannot be written.
-    """
-    writer.make_folder(pin_path)
-    writer.write_file(pin_path / ORIGIN_NAME, json.dumps(dict(origin)).encode())
-
-
-def read_origin(pin_path: Path) -> dict[str, str] | None:
-    """Return what `write_origin` noted; None where there is nothing readable."""
-    try:
-        value = json.loads((pin_path / ORIGIN_NAME).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def missing(pin_path: Path, listing: Listing) -> tuple[str, ...]:
+    """Return the files of `listing` that are worth pinning and are not in the pin."""
+    family = layouts.family_of(listing.path.name, listing)
+    names = (file.relpath for file in listing.files if wanted(file.relpath, family))
+    return tuple(name for name in names if not (pin_path / name).is_file())
 
 
 def release(pin_path: Path) -> None:
@@ -182,21 +200,119 @@ def _target_of(path: Path, file: ListedFile) -> Path:
     return target
 
 
-def _method_for(relpath: str, method: PinMethod, family: Family | None) -> PinMethod:
-    is_weights = sidefiles.fate(relpath) is sidefiles.Fate.WEIGHTS or (
+class _Refresh:
+    """One refresh of one pin: what to do with each file, and what came of it."""
+
+    def __init__(self, source: Path, pin_path: Path, method: PinMethod, *, held: OpenFiles) -> None:
+        self._source = source
+        self._pin_path = pin_path
+        self._method = method
+        self._held = held
+        self.linked = 0
+        self.vanished: list[str] = []
+        self.left: list[str] = []
+
+    def take(self, file: ListedFile, *, is_weights: bool, holding: bool) -> None:
+        """Pin one file, unless it is already; `holding` keeps it open where it cannot be linked."""
+        target = self._pin_path / file.relpath
+        how = self._method
+        if how is PinMethod.HARD_LINK and not is_weights:
+            how = PinMethod.COPY
+        if _is_current(target, file, how):
+            return
+        try:
+            self._act(file, target, how, holding=holding)
+        except OSError as error:
+            if error.errno not in _VANISHED:
+                raise _translated(error, target, file.size) from error
+            self._from_held(file, target)
+
+    def _act(self, file: ListedFile, target: Path, how: PinMethod, *, holding: bool) -> None:
+        path = self._source / file.relpath
+        path = _target_of(path, file) if file.is_link else path
+        if how in (PinMethod.REFLINK, PinMethod.HARD_LINK):
+            try:
+                _pin_file(path, target, how)
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+            else:
+                self.linked += 1
+                return
+        if holding:
+            if how is PinMethod.COPY or not self._held.hold(self._pin_path, file.relpath, path):
+                self.left.append(file.relpath)
+            return
+        _pin_file(path, target, PinMethod.COPY)
+        self.linked += 1
+
+    def _from_held(self, file: ListedFile, target: Path) -> None:
+        """Pin a file that is gone from what is held of it."""
+        path = self._held.path_of(self._pin_path, file.relpath)
+        if path is None:
+            self.vanished.append(file.relpath)
+            return
+        try:
+            _pin_file(path, target, PinMethod.COPY)
+        except OSError as error:
+            if error.errno not in _VANISHED:
+                raise _translated(error, target, file.size) from error
+            self.vanished.append(file.relpath)
+        else:
+            self.linked += 1
+
+
+def _is_weights(relpath: str, family: Family | None) -> bool:
+    return sidefiles.fate(relpath) is sidefiles.Fate.WEIGHTS or (
         family is not None and family.holds(relpath)
     )
-    return PinMethod.COPY if method is PinMethod.HARD_LINK and not is_weights else method
 
 
-def _is_current(target: Path, ino: int, size: int, mtime_ns: int, method: PinMethod) -> bool:
+def _is_current(target: Path, file: ListedFile, method: PinMethod) -> bool:
     try:
         stat = target.lstat()
     except OSError:
         return False
-    if method is PinMethod.HARD_LINK and stat.st_ino == ino:
+    if method is PinMethod.HARD_LINK and (stat.st_dev, stat.st_ino) == (file.dev, file.ino):
         return True
-    return stat.st_size == size and stat.st_mtime_ns == mtime_ns
+    return stat.st_size == file.size and stat.st_mtime_ns == file.mtime_ns
+
+
+def _pin_run_files(run: Path, pin_path: Path) -> None:
+    """Copy what of the model lies in the run's folder; what went there since stays as it was.
+
+    Where there is nothing the folder in the pin says so: what comes later is not of this save.
+    """
+    writer.make_folder(pin_path / assets.RUN_NAME)
+    for path in assets.in_run(run):
+        target = pin_path / assets.RUN_NAME / path.name
+        try:
+            stat, known = path.stat(), target.stat() if target.exists() else None
+            if known is None or (stat.st_size, stat.st_mtime_ns) != (
+                known.st_size,
+                known.st_mtime_ns,
+            ):
+                _pin_file(path, target, PinMethod.COPY)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise _translated(error, target, 0) from error
+
+
+def _drop_unwanted(pin_path: Path) -> None:
+    """Remove what was pinned while the folder looked like another layout (shards of ZeRO)."""
+    for path in _pinned(pin_path):
+        if not wanted(path.relative_to(pin_path).as_posix()):
+            path.unlink(missing_ok=True)
+
+
+def _pinned(pin_path: Path) -> list[Path]:
+    """Return the files that a pin has of the checkpoint itself, and our notes."""
+    return [
+        path
+        for path in sorted(pin_path.rglob("*"), reverse=True)
+        if path.relative_to(pin_path).parts[0] != assets.RUN_NAME and not path.is_dir()
+    ]
 
 
 def _pin_file(source: Path, target: Path, method: PinMethod) -> None:
@@ -204,12 +320,7 @@ def _pin_file(source: Path, target: Path, method: PinMethod) -> None:
     temporary = target.with_name(f".{target.name}.pinning")
     temporary.unlink(missing_ok=True)
     try:
-        try:
-            _ACTS[method](source, temporary)
-        except OSError as error:
-            if error.errno not in _NO_LINK or method is PinMethod.COPY:
-                raise
-            _copy(source, temporary)
+        _ACTS[method](source, temporary)
         temporary.rename(target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -235,8 +346,12 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _opened(source: Path) -> BinaryIO:
-    """Open the file itself: a link put in its place since the listing is not followed."""
-    return os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    """Open the file itself: a link put in its place since the listing is not followed.
+
+    The links of /proc are: what is held open is reached through them, deleted or not.
+    """
+    follow = 0 if source.is_relative_to("/proc/self/fd") else os.O_NOFOLLOW
+    return os.fdopen(os.open(source, os.O_RDONLY | follow), "rb")
 
 
 _ACTS: dict[PinMethod, Callable[[Path, Path], None]] = {

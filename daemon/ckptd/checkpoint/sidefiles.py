@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import fnmatch
+import re
 from pathlib import PurePosixPath
 
 
@@ -26,7 +27,8 @@ _TRAINER_STATE = (
     "optimizer*",
     "optim_world_size_*",
     "extra_state_world_size_*",
-    "scheduler*",
+    "scheduler.*",
+    "scheduler_[0-9]*",
     "rng_state*",
     "random_states*",
     "scaler*",
@@ -45,6 +47,14 @@ _TRAINER_STATE = (
     "latest",
     "zero_to_fp32.py",
     "zero_to_torch.py",
+    "recipe_state.pt",
+    "train_state.pt",
+    "data.pt",
+    "dlrover_latest.txt",
+    "step_scheduler.pt",
+    "losses.json",
+    "fsdp_config.json",
+    "training_info.json",
     "ckptd.json",
 )
 _TRAINER_FOLDERS = (
@@ -54,7 +64,14 @@ _TRAINER_FOLDERS = (
     "logs",
     "wandb",
     "optimizer_*",
+    "optimizer",
     "pytorch_model_fsdp_*",
+    "recipe_state",
+    "training_state",
+    "optim",
+    "dataloader",
+    "rng",
+    "critic",
     "__pycache__",
 )
 _WEIGHTS = (
@@ -71,6 +88,9 @@ _WEIGHTS = (
     "*.msgpack",
     "*.onnx",
 )
+_SMALL_WEIGHTS = re.compile(r"^(value_head|\d+_[A-Za-z]+/model)\.safetensors$")
+"""Weights beside the model's that its users read by these names: the value head of a reward model,
+modules of sentence-transformers."""
 _TRAVELS = (
     "*.json",
     "*.txt",
@@ -103,6 +123,8 @@ def fate(relpath: str) -> Fate:
         return Fate.TRAINER_STATE
     if _matches(name, _TRAINER_STATE):
         return Fate.TRAINER_STATE
+    if _SMALL_WEIGHTS.match(relpath):
+        return Fate.TRAVELS
     if _matches(name, _WEIGHTS):
         return Fate.WEIGHTS
     if _matches(name, _TRAVELS):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptd.checkpoint import inert
+from ckptd.checkpoint import inert, legacy_file
 from ckptd.checkpoint.header import Extent, FileStamp
 from ckptd.checkpoint.inert import TensorRef
 from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
@@ -85,21 +85,25 @@ def read(path: Path, *, offset: int = 0, nbytes: int | None = None) -> TorchFile
             )  # fmt: skip
         part = _Part(file.fileno(), offset, end - offset)
         magic = os.pread(file.fileno(), 4, offset)
+        if magic[:1] == _PICKLE_MAGIC:
+            value, storages = legacy_file.read(path, file.fileno(), offset, end - offset)
+            return TorchFile(path=path, stamp=stamp, value=value, storages=storages)
         if magic != _ZIP_MAGIC:
-            raise _not_an_archive(path, magic)
-        try:
-            with zipfile.ZipFile(part) as archive:
-                return _read_archive(path, part, archive, offset, stamp)
-        except (
-            zipfile.BadZipFile,
-            struct.error,
-            EOFError,
-            NotImplementedError,
-            ValueError,
-        ) as error:
             raise CheckpointCorrupt(
-                f"not a whole archive: {error}", path=path, hint=_DAMAGED
-            ) from error
+                "not a file of torch.save", path=path, expected="a zip archive",
+                found=repr(magic), hint=_DAMAGED,
+            )  # fmt: skip
+        return _read_zip(path, part, offset, stamp)
+
+
+def _read_zip(path: Path, part: _Part, offset: int, stamp: FileStamp) -> TorchFile:
+    try:
+        with zipfile.ZipFile(part) as archive:
+            return _read_archive(path, part, archive, offset, stamp)
+    except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, ValueError) as error:
+        raise CheckpointCorrupt(
+            f"not a whole archive: {error}", path=path, hint=_DAMAGED
+        ) from error
 
 
 def _read_archive(
@@ -154,19 +158,6 @@ def _extent(path: Path, part: _Part, member: zipfile.ZipInfo, base: int) -> Exte
             f"member {member.filename!r} lies outside of the archive", path=path, hint=_DAMAGED
         )
     return Extent(path, base + begin, member.file_size)
-
-
-def _not_an_archive(path: Path, magic: bytes) -> CheckpointCorrupt | CheckpointUnsupported:
-    if magic[:1] == _PICKLE_MAGIC:
-        return CheckpointUnsupported(
-            "a file of torch.save's former format (before torch 1.6), or a bare pickle",
-            path=path,
-            hint="load it with torch and save it again, or save safetensors",
-        )
-    return CheckpointCorrupt(
-        "not a file of torch.save", path=path, expected="a zip archive", found=repr(magic),
-        hint=_DAMAGED,
-    )  # fmt: skip
 
 
 class _Part(io.RawIOBase):

@@ -52,17 +52,23 @@ class Names:
     shard: re.Pattern[str]
 
     @classmethod
-    def of(cls, variant: str | None) -> Names:
-        """Return the names of the plain set, or of the one that `variant` (such as fp16) names."""
+    def of(cls, variant: str | None, *, stem: str = "model") -> Names:
+        """Return the names of the plain set, or of the one that `variant` (such as fp16) names.
+
+        Their `stem` is that of transformers, unless it is said to be another library's.
+        """
         infix = "" if variant is None else f".{variant}"
+        shard = rf"^{re.escape(stem + infix)}-\d{{5}}-of-\d{{5}}\.safetensors$"
         return cls(
-            single=f"model{infix}.safetensors",
-            index=f"model.safetensors.index{infix}.json",
-            shard=re.compile(rf"^model{re.escape(infix)}-\d{{5}}-of-\d{{5}}\.safetensors$"),
+            single=f"{stem}{infix}.safetensors",
+            index=f"{stem}.safetensors.index{infix}.json",
+            shard=re.compile(shard),
         )
 
 
-def find(path: Path, listing: Listing, *, variant: str | None = None) -> WeightFiles:
+def find(
+    path: Path, listing: Listing, *, variant: str | None = None, stem: str = "model"
+) -> WeightFiles:
     """Return the weight files of the folder at `path`, whose files are `listing`.
 
     Raises:
@@ -70,7 +76,7 @@ def find(path: Path, listing: Listing, *, variant: str | None = None) -> WeightF
         CheckpointUnsupported: weights of a kind this version does not read.
         CheckpointCorrupt: a broken index, or two sets of weights of the same age.
     """
-    names = Names.of(variant)
+    names = Names.of(variant, stem=stem)
     ages = {file.relpath: file.mtime_ns for file in listing.files}
     if names.single not in ages and names.index not in ages:
         raise _no_weights(path, listing, names)
@@ -159,6 +165,10 @@ def _no_weights(
     )
 
 
+_NAMED_ADAPTER = ("/adapter_model.safetensors", "/adapter_model.bin")
+"""How PEFT saves every adapter that is not called `default`."""
+
+
 def _of_another_kind(path: Path, names: Sequence[str]) -> CheckpointUnsupported | None:
     """Return the refusal of weights that are there and not read, if any are."""
     candidates = [n for n in names if sidefiles.fate(n) is sidefiles.Fate.WEIGHTS]
@@ -172,6 +182,14 @@ def _of_another_kind(path: Path, names: Sequence[str]) -> CheckpointUnsupported 
             "an adapter without its base model",
             path=path / found,
             hint="merge it into the base model and save that",
+        )
+    if first("*/adapter_model.safetensors", "*/adapter_model.bin", among=names):
+        folders = {n.rpartition("/")[0] for n in names if n.endswith(_NAMED_ADAPTER)}
+        return CheckpointUnsupported(
+            "holds adapters with names of their own, each in a folder",
+            path=path,
+            found=", ".join(sorted(folders)),
+            hint=f"point at one of them, or watch it: .../*/{min(folders)}",
         )
     if found := first("pytorch_model*.bin", "pytorch_model*.bin.index.json", "*.ckpt", "*.pt"):
         return CheckpointUnsupported(

@@ -208,6 +208,7 @@ def describe(report: progress.Report) -> str | None:
 def _counters(counters: Counters, *, push: bool) -> list[tuple[str, Counter]]:
     """Return the ways that bytes really go in this job."""
     ways = [
+        ("fetched", counters.fetched),
         ("read", counters.read),
         ("computed", counters.computed),
         ("written", counters.written),

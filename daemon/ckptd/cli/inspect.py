@@ -77,7 +77,7 @@ def _verdict(path: Path, layout: str, assets: Path | None) -> dict[str, Any]:
     Raises:
         CheckpointRefused: there is no such folder, or nobody knows the layout.
     """
-    from ckptd.checkpoint import completeness, listing
+    from ckptd.checkpoint import completeness, layouts, listing
 
     if not path.is_dir():
         _open(path, layout, assets)  # says what is wrong with the path
@@ -93,6 +93,7 @@ def _verdict(path: Path, layout: str, assets: Path | None) -> dict[str, Any]:
             why = str(error)
     return {
         "layout": facts.layout,
+        "layout_title": layouts.TITLES.get(facts.layout),
         "layout_reason": facts.reason,
         "verdict": type(verdict).__name__.lower(),
         "verdict_reason": why,
@@ -109,6 +110,7 @@ def _describe(source: Checkpoint, *, tensors: bool) -> dict[str, Any]:
         "step": source.step,
         "architectures": source.config.get("architectures"),
         "model_type": source.config.get("model_type"),
+        "parts": [f"{part.folder}{part.stem}" for part in source.parts],
         "num_tensors": len(source.tensors),
         "num_parameters": _num_parameters(source, quantization),
         "tensor_bytes": source.tensor_bytes,
@@ -226,7 +228,7 @@ def _print(facts: dict[str, Any], output: Output) -> None:
     why = f": {facts['verdict_reason']}" if facts["verdict_reason"] else ""
     shown: dict[str, object] = {
         "checkpoint": facts["path"],
-        "layout": f"{facts['layout']} ({facts['layout_reason']})",
+        "layout": _layout_text(facts),
         "verdict": facts["verdict"] + why,
     }
     if "num_tensors" in facts:
@@ -250,14 +252,30 @@ def _print(facts: dict[str, Any], output: Output) -> None:
         )
 
 
-def _printed(facts: dict[str, Any]) -> dict[str, object]:
+def _layout_text(facts: dict[str, Any]) -> str:
+    title = f": {facts['layout_title']}" if facts["layout_title"] else ""
+    return f"{facts['layout']}{title} ({facts['layout_reason']})"
+
+
+def _model_text(facts: dict[str, Any]) -> str:
+    if facts["parts"]:
+        return ", ".join(facts["parts"])
     names = ", ".join(facts["architectures"] or ()) or "no class named"
+    return f"{names} ({facts['model_type'] or 'no model_type'})"
+
+
+def _travels_text(facts: dict[str, Any]) -> str | None:
+    has_config = facts["layout"] != "peft" and not facts["parts"]
+    return ", ".join((*(("config.json",) if has_config else ()), *facts["side_files"])) or None
+
+
+def _printed(facts: dict[str, Any]) -> dict[str, object]:
     dtypes = ", ".join(f"{units.format_bytes(n)} {dtype}" for dtype, n in facts["by_dtype"].items())
     needs = facts["footprint"]
     quantization = facts["quantization"]
     return {
         "step": facts["step"],
-        "model": f"{names} ({facts['model_type'] or 'no model_type'})",
+        "model": _model_text(facts),
         "weights": f"{facts['num_tensors']:,} tensors, {facts['num_parameters']:,} parameters in "
         f"{len(facts['shards'])} file{'s' if len(facts['shards']) != 1 else ''}",
         "dtypes": dtypes,
@@ -267,9 +285,7 @@ def _printed(facts: dict[str, Any]) -> dict[str, object]:
         "largest": "\n".join(
             f"{units.format_bytes(size)} {name}" for name, size in needs["largest"].items()
         ),
-        "travels": ", ".join(facts["side_files"])
-        if facts["layout"] == "peft"
-        else ", ".join(("config.json", *facts["side_files"])),
+        "travels": _travels_text(facts),
         "left out": ", ".join((*facts["left_out"], *facts["ignored_links"])) or None,
         "notes": "\n".join(facts["notes"]) or None,
     }

@@ -54,7 +54,7 @@ def plan(
 ) -> None:
     """Show stages, shards, bytes, peak memory and where it is pushed; reads no tensor byte."""
     from ckptd.checkpoint import checkpoint as checkpoints
-    from ckptd.pipeline import bases, compose
+    from ckptd.pipeline import bases, compose, origins
 
     wanted = arguments.definition(pipeline, sets, assets)
     limits = arguments.settings(settings)
@@ -62,9 +62,11 @@ def plan(
     source = checkpoints.open_checkpoint(
         path, layout=layout, assets=wanted.assets, within=arguments.ANYWHERE
     )
-    push = _target(wanted, source, run or path.parent.name)
     endpoint = limits.hub_endpoint
     place = bases.locate(wanted.stages, source, beside=path, endpoint=endpoint)
+    origin = origins.of(source, beside=path, place=place)
+    kind = origins.model_type(wanted.push, source, origin, endpoint=endpoint)
+    push = _target(wanted, source, run or path.parent.name, kind)
     base = None if place is None else bases.open_base(place, endpoint=endpoint)
     made = compose.from_headers(source, wanted.stages, base=base)
     facts = _facts(source, wanted, made, push)
@@ -83,7 +85,9 @@ def plan(
         _print(facts, output)
 
 
-def _target(wanted: Definition, source: Checkpoint, run: str) -> Push | None:
+def _target(
+    wanted: Definition, source: Checkpoint, run: str, model_type: str | None
+) -> Push | None:
     """Return where it would be pushed, with `{digest}` left open: knowing it reads every byte.
 
     Raises:
@@ -93,7 +97,9 @@ def _target(wanted: Definition, source: Checkpoint, run: str) -> Push | None:
 
     if wanted.push is None:
         return None
-    resolved = target.resolve(wanted.push, source, run=run, digest=_UNKNOWN_DIGEST)
+    resolved = target.resolve(
+        wanted.push, source, run=run, digest=_UNKNOWN_DIGEST, model_type=model_type
+    )
     opened = {name: _opened(value) for name, value in resolved.model_dump().items()}
     return resolved.model_copy(update=opened)
 

@@ -86,6 +86,12 @@ def _describe(found: DaemonStatus) -> list[str]:
     counts = ", ".join(f"{number} {name}" for name, number in sorted(found.counts.items()))
     lines.append(f"jobs: {counts or 'none yet'}; {len(found.jobs)} of {found.slots} slots busy")
     lines += [line for job in found.jobs for line in _job(job)]
+    if found.pins is not None:
+        lines.append(
+            f"pins: {found.pins.num_pins}, holding {units.format_bytes(found.pins.held_bytes)} of "
+            f"{units.format_bytes(found.pins.limit_bytes)}; those of failed and held jobs go after "
+            f"{units.format_duration(found.pins.max_age_s)}"
+        )
     if not found.definitions:
         lines.append("definitions: none; put one into the pipelines.d folder")
     for definition in found.definitions:
@@ -111,6 +117,7 @@ def _job(job: JobStatus) -> list[str]:
         f"{units.format_bytes(counter.done_bytes)} of {units.format_bytes(counter.total_bytes)} "
         f"{name}"
         for name, counter in (
+            ("fetched", job.counters.fetched),
             ("read", job.counters.read),
             ("computed", job.counters.computed),
             ("written", job.counters.written),

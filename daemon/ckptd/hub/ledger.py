@@ -7,9 +7,10 @@ files in large-file storage, the git blob id for regular ones.
 **Which files a push deletes.** Only weights that would be loaded instead of, or together with, the
 new ones: in each folder that gets new weights, files with the standard names of transformers'
 unnamed variant (`model.safetensors`, `model-00001-of-00002.safetensors`, its index, and the same
-for `pytorch_model.bin`) that are not part of the push. Kept: everything in other folders; variants
-(`model.fp16.safetensors`), since they are loaded only when asked for by name; adapters, `.gguf`,
-`consolidated.*`, TensorFlow and Flax weights, tokenizers, and whatever else people put there.
+for `pytorch_model.bin` and diffusers' names) that are not part of the push. Kept: everything in
+other folders; variants (`model.fp16.safetensors`), since they are loaded only when asked for by
+name; adapters, `.gguf`, `consolidated.*`, TensorFlow and Flax weights, tokenizers, and whatever else
+people put there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 _WEIGHTS = re.compile(
-    r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"
+    r"(diffusion_pytorch_)?model((-\d{5,}-of-\d{5,})?\.safetensors|\.safetensors\.index\.json)"
     r"|pytorch_model(-\d{5,}-of-\d{5,})?\.bin|pytorch_model\.bin\.index\.json"
 )
 
@@ -99,5 +100,5 @@ def stale_weights(records: Iterable[Record], tree: Mapping[str, RemoteFile]) -> 
 
 
 def is_weights(path_in_repo: str) -> bool:
-    """Say whether the name is one under which transformers looks for weights or their index."""
+    """Say whether transformers or diffusers looks for weights or their index under this name."""
     return _WEIGHTS.fullmatch(PurePosixPath(path_in_repo).name) is not None

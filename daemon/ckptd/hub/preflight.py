@@ -70,12 +70,17 @@ class Preflight:
         """
         repo_id, tags = self._target.repo_id, self._target.card_tags
         there = None if head is None else await self._attempts.run(lambda: self._read_card(head))
-        if there is None and self._local_card is None and not (tags or self.card_section):
+        facts = self._target.card_facts
+        if there is None and self._local_card is None and not (tags or facts or self.card_section):
             return None
         base = there if there is not None else self._local_card
         try:
             merged = card.merge(
-                base, tags=tags, library=self._target.card_library, name=repo_id.rpartition("/")[2]
+                base,
+                tags=tags,
+                library=self._target.card_library,
+                facts=facts,
+                name=repo_id.rpartition("/")[2],
             )
             if self.card_section is not None:
                 merged = card.with_section(merged, self.card_section)

@@ -10,6 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptd.hub import card
+
 MAIN = "main"
 PUSH_ID_KEY = "ckptd-push-id"
 LONGEST_TITLE_CHARS = 200
@@ -37,6 +39,8 @@ class Target:
     """Merged into the tags of the revision's README.md; empty leaves the card alone."""
     card_library: str = "transformers"
     """`library_name` for a card that has none."""
+    card_facts: card.Facts = card.NOTHING
+    """What else is known of the model, for a card that lacks it."""
     git_tag: str | None = None
     """A git tag put on exactly the commit of this push."""
 

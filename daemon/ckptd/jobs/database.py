@@ -79,7 +79,8 @@ class Database:
             if row is None:
                 return Enqueued(job=self._insert(jobs.new(spec)), created=True)
             known = rows.job(row)
-            if known.state is not State.VANISHED:
+            passed_over = known.state is State.SKIPPED and known.spec.definition != spec.definition
+            if known.state is not State.VANISHED and not passed_over:
                 return Enqueued(job=known, created=False)
             again = jobs.requeue(known, spec, now=now)
             return Enqueued(job=self._update(again), created=True)
@@ -142,10 +143,15 @@ class Database:
         with self._writing():
             return self._update(jobs.cancel(self._find(job_id), now=now))
 
-    def vanish(self, job_id: str, *, now: float) -> Job:
-        """See `JobStore.vanish`."""
+    def skip(self, job_id: str, *, reason: str, now: float) -> Job:
+        """See `JobStore.skip`."""
         with self._writing():
-            return self._update(jobs.vanish(self._find(job_id), now=now))
+            return self._update(jobs.skip(self._find(job_id), reason=reason, now=now))
+
+    def unpin(self, job_id: str, *, reason: str, now: float) -> Job:
+        """See `JobStore.unpin`."""
+        with self._writing():
+            return self._update(jobs.unpin(self._find(job_id), reason=reason, now=now))
 
     def get(self, job_id: str) -> Job:
         """See `JobStore.get`."""

@@ -6,6 +6,7 @@
       │          ├──> waiting    needs a person (a token, a permission); tried again rarely
       │          ├──> held       made, but a check said not to push it
       └──────────┴── released at shutdown, or reaped after its worker was lost
+    what does not run may be skipped (for a newer step), cancelled, or vanish with its pin
 
 Every function takes a job and the time and returns the job as it is afterwards; nothing here
 touches a disk or a clock. A transition that `MOVES` does not name raises. Times are wall-clock
@@ -59,13 +60,14 @@ ACQUIRABLE = frozenset({State.QUEUED, State.RETRYING, State.WAITING})
 _DONE = frozenset({State.PUBLISHED, State.SKIPPED, State.HELD})
 _ENDED_BADLY = frozenset({State.REFUSED, State.FAILED, State.VANISHED, State.CANCELLED})
 _PAUSED = frozenset({State.RETRYING, State.WAITING})
+_WITHOUT_RUNNING = frozenset({State.SKIPPED, State.VANISHED, State.CANCELLED})
 _BY_HAND = "cancelled by hand"
 
 MOVES: dict[State, frozenset[State]] = {
-    State.QUEUED: frozenset({State.RUNNING, State.VANISHED, State.CANCELLED}),
+    State.QUEUED: frozenset({State.RUNNING}) | _WITHOUT_RUNNING,
     State.RUNNING: frozenset({State.QUEUED}) | _DONE | _ENDED_BADLY | _PAUSED,
-    State.RETRYING: frozenset({State.RUNNING, State.QUEUED, State.VANISHED, State.CANCELLED}),
-    State.WAITING: frozenset({State.RUNNING, State.QUEUED, State.VANISHED, State.CANCELLED}),
+    State.RETRYING: frozenset({State.RUNNING, State.QUEUED}) | _WITHOUT_RUNNING,
+    State.WAITING: frozenset({State.RUNNING, State.QUEUED}) | _WITHOUT_RUNNING,
     State.HELD: frozenset({State.QUEUED, State.CANCELLED}),
     State.PUBLISHED: frozenset(),
     State.SKIPPED: frozenset({State.QUEUED}),
@@ -100,6 +102,8 @@ class JobSpec:
     pipeline_digest: str
     target: str
     """Where it goes, placeholders resolved: `acme/run@main`. Empty where nothing is pushed."""
+    git_tag: str | None = None
+    """The git tag its commit gets, placeholders resolved."""
     base_place: str | None = None
     """What an adapter is merged into: a folder, or `owner/name@commit`."""
     base_digest: str | None = None
@@ -281,10 +285,7 @@ def extend(job: Job, *, lease_s: float, now: float) -> Job:
 
 
 def release(job: Job, *, reason: str, now: float) -> Job:
-    """Return a running job as queued again, same try: the worker stopped in an orderly way.
-
-    A job that a person asked to cancel is cancelled instead.
-    """
+    """Return a running job as queued again, same try, or cancelled where a person asked for it."""
     if job.cancel_requested:
         return _move(job, State.CANCELLED, now, reason=_BY_HAND)
     return _move(job, State.QUEUED, now, reason=reason)
@@ -335,9 +336,16 @@ def cancel(job: Job, *, now: float) -> Job:
     return _move(job, State.CANCELLED, now, reason=_BY_HAND)
 
 
-def vanish(job: Job, *, now: float) -> Job:
-    """Return `job` as vanished: source and pin are gone."""
-    return _move(job, State.VANISHED, now, reason="the checkpoint is gone")
+def skip(job: Job, *, reason: str, now: float) -> Job:
+    """Return a job that does not run as skipped: the definition wants another one in its place."""
+    return _move(_idle(job), State.SKIPPED, now, reason=reason)
+
+
+def unpin(job: Job, *, reason: str, now: float) -> Job:
+    """Return `job` after its pin was given up: vanished; failed and held ones only say so."""
+    if job.state in (State.FAILED, State.HELD):
+        return dataclasses.replace(job, reason=f"{job.reason}; {reason}", updated_at=now)
+    return _move(_idle(job), State.VANISHED, now, reason=reason)
 
 
 def backoff_s(
@@ -351,6 +359,12 @@ def backoff_s(
     longest = min(limits.cap_s, limits.base_s * 2.0 ** min(failures - 1, 60))
     pause = longest * (0.5 + 0.5 * jitter)
     return min(limits.cap_s, max(pause, asked_s or 0.0))
+
+
+def _idle(job: Job) -> Job:
+    if job.state is State.RUNNING:
+        raise errors.UsageError(f"job {job.job_id} is running")
+    return job
 
 
 def _state_after(failure: Failure, failures: int, limits: RetryLimits) -> State:

@@ -96,9 +96,13 @@ class SqliteStore:
         """See `JobStore.cancel`."""
         return await self._run(Database.cancel, job_id, now=now)
 
-    async def vanish(self, job_id: str, *, now: float) -> Job:
-        """See `JobStore.vanish`."""
-        return await self._run(Database.vanish, job_id, now=now)
+    async def skip(self, job_id: str, *, reason: str, now: float) -> Job:
+        """See `JobStore.skip`."""
+        return await self._run(Database.skip, job_id, reason=reason, now=now)
+
+    async def unpin(self, job_id: str, *, reason: str, now: float) -> Job:
+        """See `JobStore.unpin`."""
+        return await self._run(Database.unpin, job_id, reason=reason, now=now)
 
     async def get(self, job_id: str) -> Job:
         """See `JobStore.get`."""

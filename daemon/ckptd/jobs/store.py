@@ -73,7 +73,8 @@ class JobStore(Protocol):
     async def enqueue(self, spec: JobSpec, *, now: float) -> Enqueued:
         """Queue `spec`, or return the job that has its key already, untouched.
 
-        A vanished job is queued again with the new spec: its checkpoint has come back.
+        A vanished job is queued again with the new spec: its checkpoint has come back. So is one
+        that was skipped under another definition.
         """
 
     async def acquire(self, *, worker: str, lease_s: float, now: float) -> Job | None:
@@ -139,11 +140,21 @@ class JobStore(Protocol):
             UsageError: no such job, or it has ended.
         """
 
-    async def vanish(self, job_id: str, *, now: float) -> Job:
-        """Record that source and pin of a job that does not run are gone.
+    async def skip(self, job_id: str, *, reason: str, now: float) -> Job:
+        """End a job that does not run as skipped: the definition wants another in its place.
 
         Raises:
             UsageError: no such job, or it runs or has ended.
+        """
+
+    async def unpin(self, job_id: str, *, reason: str, now: float) -> Job:
+        """Record that the pin of a job that does not run is given up.
+
+        One that was still to be done is vanished; a failed or held one stays so, and its reason
+        says it.
+
+        Raises:
+            UsageError: no such job, or it runs or has ended in a way that keeps no pin.
         """
 
     async def get(self, job_id: str) -> Job:

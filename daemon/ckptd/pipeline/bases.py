@@ -38,8 +38,11 @@ _WANTED = (
     "*.tiktoken",
     "*.vocab",
 )
-_ALSO_WANTED = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Weights from before safetensors, read without running what is in them."""
+_ALSO_WANTED = ("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
 _UNWANTED = ("*/*.safetensors", "consolidated*", "onnx/*", "original/*")
+_CACHED = re.compile(r"/models--(?P<repo>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 _MAX_KNOWN = 16
 
 
@@ -57,7 +60,10 @@ class Place:
     @property
     def name(self) -> str:
         """The base's name for people: no path, so that a published model shows nobody's folders."""
-        return self.folder.name if self.folder else str(self)
+        if self.folder is None:
+            return str(self)
+        cached = cached_repo(self.folder)
+        return self.folder.name if cached is None else "@".join(cached)
 
 
 def locate(
@@ -91,7 +97,7 @@ def locate(
             expected="base_model_name_or_path",
             hint="name it in the definition: merge: {base: PATH or owner/name@revision}",
         )
-    folder = _folder(text, beside)
+    folder = folder_of(text, beside)
     if folder is not None:
         return Place(folder=folder)
     match = _REPO.fullmatch(text)
@@ -109,6 +115,14 @@ def locate(
     return Place(repo_id=match["repo"], commit=commit)
 
 
+def place_of(text: str) -> Place:
+    """Return the place that `str` made this of."""
+    if text.startswith("/"):
+        return Place(folder=Path(text))
+    repo_id, _, commit = text.rpartition("@")
+    return Place(repo_id=repo_id, commit=commit)
+
+
 def fingerprint(place: Place) -> str | None:
     """Return the state of the files of a base folder; None for a repo, whose commit is its state."""
     if place.folder is None:
@@ -122,10 +136,11 @@ def open_base(
     endpoint: str | None,
     digest: str | None = None,
     expected: str | None = None,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Base:
     """Return the base at `place`; a repo's files are fetched where the cache lacks them.
 
-    `digest` was taken while the files of a folder had the fingerprint `expected`.
+    `report` is told the bytes that are here, of those to be fetched. `digest` was taken while the files of a folder had the fingerprint `expected`.
 
     Raises:
         SourceChanged: they have another one.
@@ -142,7 +157,9 @@ def open_base(
             place.commit,
             endpoint=endpoint,
             wanted=(*_WANTED, *_ALSO_WANTED),
+            instead=_PICKLED,
             unwanted=_UNWANTED,
+            report=report,
         )
     source = checkpoint.open_checkpoint(folder, within=_ANYWHERE)
     if source.layout == "peft":
@@ -150,6 +167,13 @@ def open_base(
             "the base is an adapter itself",
             path=folder,
             hint="merge that one into its own base first, and name the result with `base:`",
+        )
+    if source.parts:
+        raise CheckpointUnsupported(
+            "the base is no model of transformers",
+            path=folder,
+            found=source.layout,
+            hint="name the model that the adapter was trained on with `base:`",
         )
     return Base(source=source, name=place.name, digest=place.commit or digest)
 
@@ -181,6 +205,14 @@ class Digests:
             return self._known[key]
 
 
+def cached_repo(folder: Path) -> tuple[str, str] | None:
+    """Return repo and commit of a folder in the Hub's cache; None for any other folder."""
+    match = _CACHED.search(folder.as_posix())
+    if match is None:
+        return None
+    return match["repo"].replace("--", "/", 1), match["commit"]
+
+
 def together(content_digest: str, base_digest: str) -> str:
     """Return what identifies an adapter and its base as one content."""
     both = hashlib.sha256(f"{content_digest} {base_digest}".encode())
@@ -192,7 +224,11 @@ def _state(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _folder(text: str, beside: Path) -> Path | None:
+def folder_of(text: str, beside: Path) -> Path | None:
+    """Return the folder that a base's name is; None where there is none, and it may be a repo's.
+
+    A relative one is looked for in the working folder, then in `beside` and above it.
+    """
     path = Path(text).expanduser()
     if path.is_absolute():
         return path.resolve() if path.is_dir() else None

@@ -16,11 +16,12 @@ from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.errors import CheckpointUnsupported, StageRefused
 from ckptd.pipeline import devices, masters, registry
 from ckptd.pipeline.definition import StageCall
-from ckptd.pipeline.stage import Base, StageContext
+from ckptd.pipeline.stage import Base, Stage, StageContext
 from ckptd.plan import draft, expression, plan
 from ckptd.plan.draft import Draft
 from ckptd.plan.nodes import (
     Cast,
+    Changed,
     Columns,
     Concat,
     Decode,
@@ -92,15 +93,32 @@ def _compose(
     current = masters.cast(draft.from_checkpoint(source), source, stages)
     for call in stages:
         stage = registry.STAGES[call.name]
-        if current.adapter and not stage.takes_adapters:
-            raise StageRefused(
-                "is an adapter, and the stage needs a whole model",
-                stage=call.name,
-                path=source.path,
-                hint="put the stage merge first, or leave this one out to publish the adapter",
-            )
+        _require_taken(current, stage, source)
         current = stage.plan(current, call.options, context)
     return current
+
+
+def _require_taken(current: Draft, stage: Stage, source: Checkpoint) -> None:
+    """Refuse a stage that needs a whole model of transformers where there is none.
+
+    Raises:
+        StageRefused: names the stage and what there is instead.
+    """
+    if current.adapter and not stage.takes_adapters:
+        raise StageRefused(
+            "is an adapter, and the stage needs a whole model",
+            stage=stage.name,
+            path=source.path,
+            hint="put the stage merge first, or leave this one out to publish the adapter",
+        )
+    if current.parts and not stage.takes_parts:
+        what = "a single file" if current.parts[0].single else "components of diffusers"
+        raise StageRefused(
+            f"is {what}, and the stage is for models of transformers",
+            stage=stage.name,
+            path=source.path,
+            hint="leave the stage out; cast, reshard and footprint work on it",
+        )
 
 
 def _require_plain(source: Checkpoint, stages: Sequence[StageCall]) -> None:
@@ -142,6 +160,8 @@ def _same(left: Expression, right: Expression, check: Callable[[], None]) -> boo
         case Columns(source=ours), Columns(source=theirs):
             alike = dataclasses.replace(left, source=theirs) == right
             return alike and _same(ours, theirs, check)
+        case Changed(), Changed():
+            return _same_change(left, right, check)
         case LowRank(), LowRank():
             return _same_sum(left, right, check)
         case Grown(), Grown():
@@ -180,6 +200,15 @@ def _same_run(left: Expression, right: Expression, check: Callable[[], None]) ->
         case Cast(source=ours), Cast(source=theirs):
             return left.dtype is right.dtype and _same_run(ours, theirs, check)
     return False
+
+
+def _same_change(left: Changed, right: Changed, check: Callable[[], None]) -> bool:
+    hows = ((one.change, one.width, one.scale, one.first) for one in (left, right))
+    sizes = ((len(one.by_row), len(one.whole)) for one in (left, right))
+    if len({*hows}) > 1 or len({*sizes}) > 1:
+        return False
+    ours, theirs = ((one.base, *one.by_row, *one.whole) for one in (left, right))
+    return all(_same(one, other, check) for one, other in zip(ours, theirs, strict=True))
 
 
 def _same_sum(left: LowRank, right: LowRank, check: Callable[[], None]) -> bool:

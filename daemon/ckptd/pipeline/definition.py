@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -28,16 +27,17 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
-    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 
-from ckptd import errors, units
+from ckptd import errors
 from ckptd.checkpoint import layouts
 from ckptd.pipeline import complaints, locate, names, placeholders, registry
 from ckptd.pipeline.complaints import StageKind
+from ckptd.pipeline.stage import Seconds
+from ckptd.pipeline.take import Take
 
 MAIN = "main"
 DIGEST_FORMAT = 1
@@ -45,20 +45,6 @@ DIGEST_FORMAT = 1
 
 _PIPELINE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
-
-Seconds = Annotated[
-    float,
-    BeforeValidator(units.parse_duration),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "number", "minimum": 0},
-                {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(ms|s|min|m|h|d)?$"},
-            ]
-        }
-    ),
-]
-"""A duration: `10s`, `5m`, or a number of seconds."""
 
 FolderPath = Annotated[Path, Field(strict=False), PlainSerializer(str)]
 
@@ -135,7 +121,11 @@ class Push(_Strict):
     """`owner/name`; made on the first push if it does not exist. Takes placeholders."""
     revision: str | None = MAIN
     """Branch that gets the commit, made if it does not exist, or `refs/pr/N` to add to a pull
-    request. null means the repo's default branch. Takes placeholders."""
+    request. `main`: one branch with a commit for each checkpoint; `step-{step}`: a branch for each.
+    null means the repo's default branch. Takes placeholders."""
+    forward_only: bool = False
+    """The branch holds the newest step and never goes back: a step below one of the same run that
+    it already got is skipped, with the reason, also where somebody retries it."""
     create_pr: bool = False
     """Open a new pull request against main for each checkpoint instead of committing to it."""
     private: bool | None = None
@@ -185,6 +175,16 @@ class Push(_Strict):
                 raise ValueError("a tag must not be empty")
         return tags
 
+    @field_validator("forward_only")
+    @classmethod
+    def _check_forward_only(cls, forward_only: bool, info: ValidationInfo) -> bool:
+        revision = info.data.get("revision") or MAIN
+        if forward_only and {"step", "name", "digest"} & set(placeholders.used(revision)):
+            raise ValueError(
+                f"is for one branch of many checkpoints: it does not go with revision {revision!r}"
+            )
+        return forward_only
+
     @field_validator("create_pr")
     @classmethod
     def _check_create_pr(cls, create_pr: bool, info: ValidationInfo) -> bool:
@@ -193,6 +193,8 @@ class Push(_Strict):
             raise ValueError(
                 f"opens pull requests against {MAIN}: it does not go with revision {revision!r}"
             )
+        if create_pr and info.data.get("forward_only"):
+            raise ValueError("commits to no branch: it does not go with forward_only")
         return create_pr
 
     def resolved(self, values: placeholders.Values) -> Push:
@@ -265,6 +267,9 @@ class Definition(_Strict):
     """Name of this pipeline, shown wherever its jobs are: small letters, digits, `-`, `_`, `.`."""
     watch: list[Watch] = []
     """Where `ckptd serve` looks for checkpoints; `ckptd run` does not need it."""
+    take: Take = "all"
+    """Which of them become jobs of `ckptd serve`: `all`, `newest` (a step that was not started is
+    skipped once a newer one of its run is complete), or `{every: N}` (steps that N divides)."""
     device: str = "auto"
     """Where stages compute: `auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:1`."""
     assets: FolderPath | None = None

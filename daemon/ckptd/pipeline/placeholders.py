@@ -19,6 +19,12 @@ from ckptd.pipeline import locate
 KNOWN = ("run", "name", "step", "model_type", "digest", "date")
 """Every placeholder, by the field of `Values` it takes."""
 
+_WHERE = {
+    "model_type": ", or name the base of an adapter so that it is found: merge: {base: PATH or "
+    "owner/name@revision}"
+}
+"""Where a value would come from that a checkpoint does not have itself."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Values:
@@ -75,7 +81,7 @@ def resolve(
             raise errors.CheckpointUnsupported(
                 f"has no {name}, which {field} of the definition asks for ({text!r})",
                 path=values.source_path,
-                hint=f"use another placeholder than {{{name}}} in {field}",
+                hint=f"use another placeholder than {{{name}}} in {field}" + _WHERE.get(name, ""),
             )
         resolved += (clean or clean_text)(str(value))
     return resolved

@@ -30,6 +30,20 @@ ByteSize = Annotated[
 ]
 """A size in bytes: `5GB`, `24GiB`, or a number."""
 
+Seconds = Annotated[
+    float,
+    BeforeValidator(units.parse_duration),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0},
+                {"type": "string", "pattern": r"^\d+(\.\d+)?\s*(ms|s|min|m|h|d)?$"},
+            ]
+        }
+    ),
+]
+"""A duration: `10s`, `5m`, or a number of seconds."""
+
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]
 """Shell patterns for tensor names: `*norm*`, `*.router.*`."""
 
@@ -83,3 +97,5 @@ class Stage:
     """Whether it may need torch: a runner that is started ahead imports it then."""
     takes_adapters: bool = False
     """Whether it works on an adapter, too, which has no model's config."""
+    takes_parts: bool = False
+    """Whether it works on what is no transformers model: a pipeline's components, a single file."""

@@ -13,10 +13,13 @@ from ckptd.pipeline.definition import Push
 from ckptd.pipeline.placeholders import Values
 
 
-def resolve(push: Push, source: Checkpoint, *, run: str, digest: str | None) -> Push:
+def resolve(
+    push: Push, source: Checkpoint, *, run: str, digest: str | None, model_type: str | None
+) -> Push:
     """Return `push` with every placeholder filled in.
 
-    `digest` is the content digest, `sha256:` and hexadecimal digits.
+    `digest` is the content digest, `sha256:` and hexadecimal digits; `model_type` the checkpoint's,
+    or that of an adapter's base (`origins.model_type`).
 
     Raises:
         CheckpointUnsupported: the checkpoint has no value for a placeholder, or a resolved name
@@ -24,14 +27,13 @@ def resolve(push: Push, source: Checkpoint, *, run: str, digest: str | None) -> 
     """
     newest_ns = max(stamp.mtime_ns for stamp in source.stamps.values())
     day = datetime.datetime.fromtimestamp(newest_ns / 1e9, tz=datetime.UTC).date()
-    model_type = source.config.get("model_type")
     return push.resolved(
         Values(
             source_path=source.path,
             run=run,
             name=source.name,
             step=source.step,
-            model_type=model_type if isinstance(model_type, str) else None,
+            model_type=model_type,
             digest=(digest or "").rpartition(":")[2][:12],
             date=day.isoformat(),
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.checkpoint import index
-from ckptd.checkpoint.checkpoint import SideFile
+from ckptd.checkpoint.beside import SideFile
 from ckptd.errors import StageRefused
 
 

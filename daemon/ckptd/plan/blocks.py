@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.plan import expression
-from ckptd.plan.nodes import Cast, Concat, Decode, Expression, Grown, Load, LowRank, Tiles
+from ckptd.plan.nodes import Cast, Changed, Concat, Decode, Expression, Grown, Load, LowRank, Tiles
 from ckptd.plan.plan import Computed, Run, Segment
 
 BLOCK_BYTES = 8 << 20
@@ -63,7 +63,8 @@ class Block:
         workspace = min(_DECODE_WORKSPACE_BYTES, 16 * expression.numel(made))
         if not isinstance(made, Decode):
             whole = isinstance(made, LowRank) and made.whole is not None
-            return cost + 8 * expression.numel(made) + (4 * STATISTICS_BYTES if whole else 0)
+            each = 16 if isinstance(made, Changed) else 8  # what is added lies beside the sum
+            return cost + each * expression.numel(made) + (4 * STATISTICS_BYTES if whole else 0)
         whole = made is self.value and len(made.span) == made.shape[made.axis]
         return cost + workspace + (0 if whole else _span_bytes(made))
 
@@ -116,7 +117,7 @@ def _division(segment: Computed) -> tuple[Expression, int, int]:
     else:
         decoded = _decoded_in(made)
         unit, wanted = 1 if decoded is None else decoded.formula.granule, _DECODED_BLOCK_BYTES
-        if isinstance(made, LowRank) and decoded is None:
+        if isinstance(made, LowRank | Changed) and decoded is None:
             wanted = _MERGED_BLOCK_BYTES
         nbytes = max(segment.nbytes, _loaded_bytes(made))
     step = wanted * made.shape[made.axis] // max(1, nbytes)
@@ -131,7 +132,7 @@ def _first_row(value: Expression) -> int:
 def _decoded_in(value: Expression) -> Decode | None:
     """Return the decoded rows that `value` is, or that an adapter is merged into."""
     made = expression.made_by_rows(value)
-    if isinstance(made, LowRank):
+    if isinstance(made, LowRank | Changed):
         return _decoded_in(made.base)
     return made if isinstance(made, Decode) else None
 

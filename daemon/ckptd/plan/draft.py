@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.checkpoint import adapter_files, layouts, pieces
-from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
+from ckptd.checkpoint.beside import SideFile
+from ckptd.checkpoint.checkpoint import Checkpoint
+from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import StoredTensor
-from ckptd.checkpoint.pieces import Tensor
+from ckptd.checkpoint.parts import Part
+from ckptd.checkpoint.pieces import Box, Tensor
 from ckptd.errors import CheckpointCorrupt
 from ckptd.plan import expression
-from ckptd.plan.nodes import Expression, Load, Tile
+from ckptd.plan.nodes import Columns, Expression, Load, Tile
 
 CONSOLIDATED_SHARD_BYTES = 5_000_000_000
 """Tensor bytes of an output file where the source's own division is by ranks: reshard's default."""
@@ -60,6 +63,8 @@ class Draft:
     publish; `verification` is asked of the output before it is. `adapter` says that these are an
     adapter's tensors, without a model's config. `others` identify what else than the source goes in.
     `in_pieces` says that the source is consolidated here: nothing else loads it as it is.
+    With `parts` these are no transformers model's tensors: no config goes with them, and each part
+    has weight files of its own.
     """
 
     tensors: Mapping[str, Expression]
@@ -76,6 +81,7 @@ class Draft:
     adapter: bool = False
     others: tuple[str, ...] = ()
     in_pieces: bool = False
+    parts: tuple[Part, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -109,20 +115,29 @@ def from_checkpoint(source: Checkpoint) -> Draft:
         adapter=source.config_path.name == adapter_files.CONFIG_NAME,
         max_shard_bytes=CONSOLIDATED_SHARD_BYTES if source.layout in layouts.FAMILIES else None,
         in_pieces=source.layout in layouts.FAMILIES,
+        parts=source.parts,
     )
 
 
 def _value(tensor: Tensor) -> Expression:
     if isinstance(tensor, StoredTensor):
         return expression.load(tensor)
-    boxes = [Tile(Load(box.extent, tensor.spec.dtype, box.shape), box.at) for box in tensor.boxes]
+    boxes = [Tile(_box(box, tensor.spec.dtype), box.at) for box in tensor.boxes]
     try:
         whole = expression.tiles(boxes, tensor.grid)
     except ValueError as error:
         raise CheckpointCorrupt(
             f"its pieces do not fit: {error}",
-            path=boxes[0].source.extent.path if isinstance(boxes[0].source, Load) else "",
+            path=tensor.boxes[0].extent.path,
             tensor=tensor.spec.name,
         ) from error
     same = whole.shape == tensor.spec.shape
     return whole if same else expression.view(whole, tensor.spec.shape)
+
+
+def _box(box: Box, dtype: Dtype) -> Expression:
+    if box.step == 1:
+        return Load(box.extent, dtype, box.shape)
+    rows, width = box.shape
+    whole = Load(box.extent, dtype, (rows, box.step * width))
+    return Columns(whole, count=width, first=box.first * width)

@@ -20,11 +20,12 @@ import torch
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.writer import DIRECT_UNIT, MIN_DIRECT_BYTES
 from ckptd.errors import CheckFailed
-from ckptd.plan import decoded, expression, grown
+from ckptd.plan import changed, decoded, expression, grown
 from ckptd.plan.blocks import Block
 from ckptd.plan.buffers import BufferPool
 from ckptd.plan.nodes import (
     Cast,
+    Changed,
     Columns,
     Concat,
     Decode,
@@ -163,7 +164,6 @@ class Evaluator:
         """Write `value` into `out`; directly, part by part, where that is on the device."""
         if out.device != self._device:
             out.copy_(self._value(value, loaded, tensor))
-
             return
         match value:
             case Cast(source=inner):
@@ -184,6 +184,7 @@ class Evaluator:
                     self._put(place, tile.source, loaded, tensor)
             case _:
                 out.copy_(self._value(value, loaded, tensor))
+
     def _value(
         self, value: Expression, loaded: dict[Reading, torch.Tensor], tensor: str
     ) -> torch.Tensor:
@@ -208,6 +209,8 @@ class Evaluator:
                 return picked.T if value.turned else picked
             case LowRank():
                 return self._merged(value, loaded, tensor)
+            case Changed():
+                return self._changed(value, loaded, tensor)
             case Grown():
                 new = self._grown(value, tensor)
                 return new.to(_torch_dtype(value.dtype)).view(value.shape)
@@ -223,6 +226,19 @@ class Evaluator:
                 rows.mul_((length / rows.norm(dim=1)).unsqueeze(1))
             else:
                 rows.mul_(length / self._column_norms(value.whole, tensor))
+        out = torch.empty_like(base, dtype=_torch_dtype(value.dtype))
+        _cast_into(out, base, value.dtype, tensor)
+        return out
+
+    def _changed(
+        self, value: Changed, loaded: dict[Reading, torch.Tensor], tensor: str
+    ) -> torch.Tensor:
+        """Return a weight changed in float32."""
+        base = self._value(value.base, loaded, tensor).to(torch.float32, copy=True)
+        by_row = [self._value(one, loaded, tensor).to(torch.float32) for one in value.by_row]
+        whole = [self._value(one, loaded, tensor).to(torch.float32) for one in value.whole]
+        rows = base.view(-1, value.width)
+        changed.apply(rows, value.change, by_row, whole, scale=value.scale, first=value.first)
         out = torch.empty_like(base, dtype=_torch_dtype(value.dtype))
         _cast_into(out, base, value.dtype, tensor)
         return out

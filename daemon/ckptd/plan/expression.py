@@ -17,6 +17,7 @@ from ckptd.checkpoint.header import Extent, StoredTensor
 from ckptd.plan.nodes import (
     ByRows,
     Cast,
+    Changed,
     Columns,
     Concat,
     Decode,
@@ -48,11 +49,11 @@ def cast(source: Expression, dtype: Dtype) -> Expression:
         return Concat(tuple(cast(part, dtype) for part in source.parts), source.axis)
     if isinstance(source, View):
         return View(cast(source.source, dtype), source.shape)
-    return Cast(source, dtype)
     if isinstance(source, Tiles):
         return Tiles(
             tuple(Tile(cast(part.source, dtype), part.at) for part in source.parts), source.shape
         )
+    return Cast(source, dtype)
 
 
 def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Expression:
@@ -98,6 +99,13 @@ def rows(source: Expression, start: int, stop: int, *, axis: int = 0) -> Express
                 base=rows(source.base, start, stop, axis=axis),
                 up=rows(source.up, start, stop),
                 magnitude=magnitude,
+            )
+        case Changed() if source.axis == axis:
+            return dataclasses.replace(
+                source,
+                base=rows(source.base, start, stop, axis=axis),
+                by_row=tuple(rows(part, start, stop) for part in source.by_row),
+                first=source.first + start,
             )
         case Columns(turned=True):
             first = source.first + start * source.step
@@ -247,6 +255,8 @@ def _sources(expression: Expression) -> Iterator[Expression]:
         case LowRank(base=base, down=down, up=up, magnitude=magnitude):
             yield from (base, up)
             yield from (one for one in (down, magnitude) if one is not None)
+        case Changed(base=base, by_row=by_row, whole=parts):
+            yield from (base, *by_row, *parts)
 
 
 def _tile_rows(parts: Sequence[Tile], start: int, stop: int, axis: int) -> Iterator[Tile]:

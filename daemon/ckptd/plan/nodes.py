@@ -189,6 +189,11 @@ class Columns:
         rows = self.source.shape[0]
         return (self.count, rows) if self.turned else (rows, self.count)
 
+    @property
+    def axis(self) -> int:
+        """The axis of its rows."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -219,9 +224,61 @@ class LowRank:
         return row_axis(self.shape)
 
 
-Expression = Load | Cast | Concat | Grown | Decode | View | Tiles | Columns | LowRank
+class Change(enum.StrEnum):
+    """How an adapter that is no product of two matrices changes a weight `(rows, columns)`."""
 
-ByRows = Grown | Decode | Tiles | LowRank
+    ROWS = "rows"
+    """Each row times its number: `by_row` is the `(rows,)` or `(rows, 1)` of them."""
+    COLUMNS = "columns"
+    """Each column times its number: `whole` is the `(columns,)` or `(1, columns)` of them."""
+    HADAMARD = "hadamard"
+    """`scale` times the product, element by element, of two products of matrices is added; those of
+    `(rows, rank)` are in `by_row`, those of `(rank, columns)` in `whole`."""
+    KRONECKER = "kronecker"
+    """`scale` times the Kronecker product of two matrices is added; both are in `whole`."""
+    KRONECKER_LEFT = "kronecker left"
+    """The same, where the first matrix is the product of two."""
+    KRONECKER_RIGHT = "kronecker right"
+    """The same, where the second matrix is the product of two."""
+    KRONECKER_BOTH = "kronecker both"
+    """The same, where each matrix is the product of two."""
+    ROTATION = "rotation"
+    """Each stretch of columns is rotated: `whole` is `(stretches, size * (size - 1) / 2)`, what stands
+    above the diagonal of skew matrices Q; a rotation is (1 - Q) / (1 + Q), or with a `scale` above
+    0 the first so many terms of its series. One row is for all stretches."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A weight, changed in float32 and rounded once to `dtype`.
+
+    `base` is a matrix with `width` columns, with any axes of length 1 before it; one of more axes
+    counts as its first axis times the others. It is row `first` and those after it of the whole.
+    """
+
+    base: Expression
+    width: int
+    change: Change
+    by_row: tuple[Expression, ...]
+    whole: tuple[Expression, ...]
+    scale: float
+    dtype: Dtype
+    first: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's shape."""
+        return self.base.shape
+
+    @property
+    def axis(self) -> int:
+        """The axis of its rows."""
+        return row_axis(self.shape)
+
+
+Expression = Load | Cast | Concat | Grown | Decode | View | Tiles | Columns | LowRank | Changed
+
+ByRows = Grown | Decode | Tiles | LowRank | Columns | Changed
 """What is made row by row, not element by element."""
 
 Reading = Extent | Window

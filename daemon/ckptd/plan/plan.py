@@ -8,7 +8,6 @@ finished by an earlier, killed attempt are reused only under the very same plan.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -17,17 +16,21 @@ from functools import cached_property
 from pathlib import Path
 
 from ckptd.checkpoint import adapter_files, header, index
-from ckptd.checkpoint.checkpoint import SideFile
+from ckptd.checkpoint.beside import SideFile
 from ckptd.checkpoint.header import Extent, TensorSpec
+from ckptd.checkpoint.parts import Part
 from ckptd.plan import expression, nodes, shards
 from ckptd.plan.draft import Draft, StageReport, Verification
 from ckptd.plan.nodes import Concat, Expression, Load, View
 from ckptd.quant.formula import describe
 
-INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 FORMAT = "ckptd plan 1"
 """Part of every plan's digest; changes when the same plan would be executed differently."""
+METADATA = {"format": "pt"}
+"""What transformers wants to read in the header of each of its files."""
+_HASHES = frozenset({"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"})
+"""Metadata that speaks of the very bytes of the tensors: it goes when any of them is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,12 @@ class ShardPlan:
 class Plan:
     """Everything that will be written, and what was decided on the way.
 
-    An adapter that stays one has no `config`. `others` are the draft's.
+    An adapter that stays one has no `config`, nor have weights in parts. `indexes` are those of sets
+    of several files, by name. `others` are the draft's.
     """
 
     shards: tuple[ShardPlan, ...]
-    index: bytes | None
+    indexes: Mapping[str, bytes]
     config: bytes | None
     side_files: tuple[SideFile, ...]
     reports: tuple[StageReport, ...]
@@ -144,7 +148,7 @@ class Plan:
             value.update(f"{shard.name}\n".encode() + shard.head)
             for part in shard.segments:
                 value.update(_describe(part).encode() + b"\n")
-        value.update((self.index or b"") + (self.config or b""))
+        value.update(b"".join(self.indexes.values()) + (self.config or b""))
         for other in self.others:
             value.update(f"{other}\n".encode())
         return "sha256:" + value.hexdigest()
@@ -156,37 +160,55 @@ class Plan:
 
 def make(draft: Draft) -> Plan:
     """Return the plan for a finished draft; reads nothing."""
-    tensors = [
-        shards.Sized(name, expression.nbytes(value), draft.home[name])
-        for name, value in draft.tensors.items()
-    ]
-    if draft.max_shard_bytes is None:
-        groups = shards.by_home(tensors)
-    else:
-        groups = shards.by_size(tensors, draft.max_shard_bytes)
     stem = adapter_files.STEM if draft.adapter else "model"
-    names = shards.file_names(len(groups), stem=stem)
-    planned = tuple(_shard(name, group, draft) for name, group in zip(names, groups, strict=True))
-    plan = Plan(
-        shards=planned,
-        index=None,
-        config=None if draft.adapter else _config_bytes(draft),
+    planned: list[ShardPlan] = []
+    indexes: dict[str, bytes] = {}
+    for part in draft.parts or (Part(folder="", stem=stem, metadata=METADATA),):
+        made = _files_of(part, draft)
+        planned += made
+        if len(made) > 1:
+            name = part.folder + shards.index_name(stem=part.stem, variant=part.variant)
+            indexes[name] = _index(part, made)
+    return Plan(
+        shards=tuple(planned),
+        indexes=indexes,
+        config=None if draft.adapter or draft.parts else _config_bytes(draft),
         side_files=draft.side_files,
         reports=draft.reports,
         hold_push=draft.hold_push,
         verification=draft.verification,
         others=draft.others,
     )
-    if len(planned) < 2:
-        return plan
-    weight_map = {spec.name: shard.name for shard in planned for spec in shard.tensors}
-    encoded = index.encode(
-        weight_map, total_size=plan.tensor_bytes, total_parameters=plan.num_parameters
+
+
+def _files_of(part: Part, draft: Draft) -> list[ShardPlan]:
+    """Return the weight files of a part of the output."""
+    tensors = [
+        shards.Sized(name, expression.nbytes(value), draft.home[name])
+        for name, value in draft.tensors.items()
+        if name.startswith(part.folder)
+    ]
+    if draft.max_shard_bytes is None or part.single:
+        groups = shards.by_home(tensors)
+    else:
+        groups = shards.by_size(tensors, draft.max_shard_bytes)
+    names = shards.file_names(len(groups), stem=part.stem, variant=part.variant)
+    return [
+        _shard(part.folder + name, group, draft, part)
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _index(part: Part, planned: list[ShardPlan]) -> bytes:
+    specs = [spec for shard in planned for spec in shard.tensors]
+    return index.encode(
+        {s.name: shard.name.removeprefix(part.folder) for shard in planned for s in shard.tensors},
+        total_size=sum(spec.nbytes for spec in specs),
+        total_parameters=sum(spec.numel for spec in specs),
     )
-    return dataclasses.replace(plan, index=encoded)
 
 
-def _shard(name: str, tensors: list[str], draft: Draft) -> ShardPlan:
+def _shard(name: str, tensors: list[str], draft: Draft, part: Part) -> ShardPlan:
     specs = [
         TensorSpec(tensor, draft.tensors[tensor].dtype, draft.tensors[tensor].shape)
         for tensor in tensors
@@ -197,23 +219,30 @@ def _shard(name: str, tensors: list[str], draft: Draft) -> ShardPlan:
     raw: list[Segment] = []
     offset = 0
     for spec in specs:
-        raw.extend(
-            part for part in segments_of(spec.name, values[spec.name], offset) if part.nbytes
-        )
+        raw.extend(p for p in segments_of(spec.name, values[spec.name], offset) if p.nbytes)
         offset += expression.nbytes(values[spec.name])
     merged = _merge(raw)
     longest = max(
-        (part for part in merged if isinstance(part, Run)), key=lambda run: run.nbytes, default=None
+        (one for one in merged if isinstance(one, Run)), key=lambda run: run.nbytes, default=None
     )
     like = 0 if longest is None else longest.source.offset - longest.offset
-    head = header.encode(specs, metadata={"format": "pt"}, data_offset_like=like)
+    inner = [TensorSpec(s.name.removeprefix(part.folder), s.dtype, s.shape) for s in specs]
+    head = header.encode(inner, metadata=_metadata(part, merged), data_offset_like=like)
     return ShardPlan(
         name=name,
         head=head,
         nbytes=len(head) + offset,
-        tensors=tuple(specs),
-        segments=tuple(_moved(part, len(head)) for part in merged),
+        tensors=tuple(inner),
+        segments=tuple(_moved(one, len(head)) for one in merged),
     )
+
+
+def _metadata(part: Part, segments: list[Segment]) -> Mapping[str, str]:
+    """Return the metadata of a part's header, without hashes of tensors that have changed."""
+    if not any(isinstance(one, Computed) for one in segments):
+        return part.metadata or METADATA
+    kept = {key: value for key, value in part.metadata.items() if key not in _HASHES}
+    return kept or METADATA
 
 
 def segments_of(tensor: str, value: Expression, offset: int) -> Iterator[Segment]:
@@ -306,3 +335,7 @@ def _describe_value(value: Expression) -> str:
             factors = ",".join("none" if one is None else _describe_value(one) for one in given)
             way = "rows" if value.whole is None else "columns"
             return f"lowrank({factors},{value.scale},{value.dtype},{way})"
+        case nodes.Changed():
+            parts = (value.base, *value.by_row, *value.whole)
+            described = ",".join(_describe_value(part) for part in parts)
+            return f"changed({value.change},{described},{value.scale},{value.dtype},{value.first},{value.width})"

@@ -21,19 +21,20 @@ from anyio import from_thread, to_thread
 
 from ckptd.aio.backoff import Backoff
 from ckptd.aio.budget import ByteBudget
-from ckptd.checkpoint import checkpoint, listing
+from ckptd.checkpoint import checkpoint, listing, whole
 from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.checkpoint.writer import Cache
 from ckptd.errors import SourceChanged
 from ckptd.jobs import progress
 from ckptd.jobs.job import Outcome, State
-from ckptd.pipeline import bases, compose, target
+from ckptd.pipeline import compose, definition, origins
 from ckptd.pipeline.definition import Definition
 from ckptd.pipeline.stage import Base
 from ckptd.plan.plan import Plan
 from ckptd.plan.sources import Sources
 from ckptd.plan.stream import FinishedShard, Stream
-from ckptd.runner import memory, output
+from ckptd.runner import around, memory, output
+from ckptd.runner.card import Card
 from ckptd.runner.evaluator import ImportedMeanwhile
 from ckptd.runner.output import OutputFile
 from ckptd.runner.staging import Staging
@@ -67,14 +68,13 @@ class Work:
     within: Path | None
     byte_budget: int
     num_threads: int
-    source_path: Path | None = None
     cache: Cache = Cache.DIRECT
     sample_s: float = SAMPLE_S
     """Seconds between reports of byte counters."""
+    source_path: Path | None = None
     """The trainer's own place of what is read; None where that is the same."""
     base_place: str | None = None
     """What an adapter is merged into, where that was settled with the digest, which covers it."""
-    cache: Cache = Cache.DIRECT
     base_digest: str | None = None
     base_fingerprint: str | None = None
     hub_patience: Backoff | None = None
@@ -108,20 +108,26 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     tally = Tally(report, sample_s=work.sample_s)
     tally.enter(Phase.PLANNING)
     source = await to_thread.run_sync(lambda: open_source(work))
-    base = await to_thread.run_sync(lambda: open_base(work, source), abandon_on_cancel=True)
+    place = await to_thread.run_sync(
+        lambda: around.locate_base(work, source), abandon_on_cancel=True
+    )
+    base = await around.base_at(work, place, tally)
+    origin = origins.of(source, beside=around.beside(work), place=place)
     plan = await to_thread.run_sync(
         lambda: compose.decided(
             source, work.definition.stages, base=base, check=from_thread.check_cancelled
         )
     )
     tally.planned(plan)
-    push = None if plan.hold_push is not None else await _push(work, source, plan, tally)
+    wanted = None if plan.hold_push is not None else await around.push_of(work, source, origin)
+    written = await around.card_of(work, source, plan, origin, base=base, push=wanted)
+    push = None if wanted is None else await _push(work, wanted, written, tally)
     if push is not None:
         tally.enter(Phase.CHECKING)
         await push.open()
     staging = Staging(work.work_path)
     async with tally.sampling():
-        made = await _produce(work, source, base, plan, staging, push, tally)
+        made = await _produce(work, source, base, plan, staging, push, written, tally)
         plan = made.plan
         published: dict[str, Any] = {}
         if plan.hold_push is not None:
@@ -157,10 +163,12 @@ def open_source(work: Work) -> Checkpoint:
         SourceChanged: the folder is not what was identified when the job was made.
     """
     if work.fingerprint is not None:
-        found = listing.list_files(work.checkpoint_path).fingerprint_id
-        if found != work.fingerprint:
+        found = listing.list_files(work.checkpoint_path)
+        if found.fingerprint_id != work.fingerprint:
             raise SourceChanged(
-                path=work.checkpoint_path, expected=work.fingerprint[:12], found=found[:12]
+                path=work.checkpoint_path,
+                expected="the files that were identified",
+                found=whole.since_noted(work.checkpoint_path, found),
             )
     return checkpoint.open_checkpoint(
         work.checkpoint_path,
@@ -169,29 +177,6 @@ def open_source(work: Work) -> Checkpoint:
         name=work.name,
         folder=work.source_path,
         within=work.within,
-    )
-
-
-def open_base(work: Work, source: Checkpoint) -> Base | None:
-    """Return the model that the adapter `source` is merged into; it may be fetched first. Blocks.
-
-    Raises:
-        CheckpointRefused, HubError, StorageFailed: see `bases.locate` and `bases.open_base`.
-    """
-    place = bases.locate(
-        work.definition.stages,
-        source,
-        beside=work.source_path or work.checkpoint_path,
-        endpoint=work.endpoint,
-        pinned=work.base_place,
-    )
-    if place is None:
-        return None
-    return bases.open_base(
-        place,
-        endpoint=work.endpoint,
-        digest=work.base_digest,
-        expected=work.base_fingerprint,
     )
 
 
@@ -212,6 +197,7 @@ async def _produce(
     plan: Plan,
     staging: Staging,
     push: Push | None,
+    card: Card,
     tally: Tally,
 ) -> _Made:
     """Make every output file in the staging folder, uploading each as soon as it is durable."""
@@ -232,7 +218,7 @@ async def _produce(
 
             shards = await stream.run(finished=finished, on_shard=on_shard)
             small = await to_thread.run_sync(
-                lambda: output.write_side_files(staging.out_path, plan=plan)
+                lambda: output.write_side_files(staging.out_path, plan=plan, card=card.written)
             )
             plan, card_section = await _verified(work, source, plan, staging, tally)
             provenance = await to_thread.run_sync(
@@ -289,19 +275,16 @@ async def _verified(
     return dataclasses.replace(plan, reports=reports, hold_push=hold), verdict.card_section
 
 
-async def _push(work: Work, source: Checkpoint, plan: Plan, tally: Tally) -> Push | None:
-    wanted = work.definition.push
-    if wanted is None or not work.push:
-        return None
-    resolved = target.resolve(wanted, source, run=work.run, digest=work.content_digest)
+async def _push(work: Work, wanted: definition.Push, card: Card, tally: Tally) -> Push:
     publish: Any = await to_thread.run_sync(importlib.import_module, "ckptd.runner.publish")
     made: Push = publish.HubPush(
-        push=resolved,
+        push=wanted,
         content_digest=work.content_digest,
         pipeline_digest=work.pipeline_digest,
         endpoint=work.endpoint,
         patience=work.hub_patience,
-        library="transformers" if plan.config is not None else "peft",
+        library=card.library,
+        card_facts=card.facts,
         report=tally.hub,
     )
     return made
@@ -325,6 +308,7 @@ def _stream(
         budget=ByteBudget(work.byte_budget),
         threads=work.num_threads,
         hashing=hashing,
+        cache=work.cache,
         meter=tally.meter,
     )
 
@@ -335,4 +319,3 @@ def _why_held(work: Work, plan: Plan) -> str:
     if work.definition.push is None:
         return "the definition has no push"
     return "not pushed, as asked"
-        cache=work.cache,

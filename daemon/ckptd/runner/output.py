@@ -17,9 +17,11 @@ from pathlib import Path
 
 from ckptd import __version__
 from ckptd.checkpoint import writer
-from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
+from ckptd.checkpoint.beside import SideFile
+from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.errors import SourceChanged, StorageFailed
-from ckptd.plan.plan import CONFIG_NAME, INDEX_NAME, Plan
+from ckptd.hub.card import CARD_NAME
+from ckptd.plan.plan import CONFIG_NAME, Plan
 from ckptd.plan.stream import FinishedShard
 from ckptd.runner.staging import Staging
 
@@ -61,8 +63,11 @@ def write_side_files(
     folder: Path,
     *,
     plan: Plan,
+    card: Callable[[bytes | None], bytes | None] = lambda readme: readme,
 ) -> tuple[OutputFile, ...]:
-    """Put what a reader of the model needs beside the weights into `folder`, the index last.
+    """Put what a reader of the model needs beside the weights into `folder`, indexes last.
+
+    `card` makes the README.md of what the trainer wrote, or of nothing.
 
     Raises:
         NoSpace, StorageFailed: the folder cannot be written.
@@ -72,10 +77,13 @@ def write_side_files(
     contents: list[tuple[str, Callable[[], bytes]]] = []
     if config is not None:
         contents.append((CONFIG_NAME, lambda: config))
-    contents += [(file.relpath, functools.partial(_read, file)) for file in plan.side_files]
-    index = plan.index
-    if index is not None:
-        contents.append((INDEX_NAME, lambda: index))
+    files = {file.relpath: file for file in plan.side_files}
+    readme = files.pop(CARD_NAME, None)
+    contents += [(name, functools.partial(_read, file)) for name, file in files.items()]
+    made = card(None if readme is None else _read(readme))
+    if made is not None:
+        contents.append((CARD_NAME, lambda: made))
+    contents += [(name, functools.partial(bytes, index)) for name, index in plan.indexes.items()]
     return tuple(_written(folder, name, content()) for name, content in contents)
 
 

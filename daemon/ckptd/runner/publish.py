@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptd.aio.backoff import Backoff
 from ckptd.hub import push as hub_push
-from ckptd.hub.card import LIBRARY
+from ckptd.hub.card import LIBRARY, NOTHING, Facts
 from ckptd.hub.client import HubClient
 from ckptd.hub.publisher import HubEvent, LocalFile, Publisher, Target
 from ckptd.pipeline import target
@@ -31,6 +31,7 @@ class HubPush:
         endpoint: str | None,
         patience: Backoff | None,
         library: str = LIBRARY,
+        card_facts: Facts = NOTHING,
         report: Callable[[HubEvent], None],
     ) -> None:
         self._publisher = Publisher(
@@ -44,6 +45,7 @@ class HubPush:
                 card_tags=tuple(push.tags),
                 git_tag=push.git_tag,
                 card_library=library,
+                card_facts=card_facts,
             ),
             push_id=hub_push.push_id(
                 content_digest=content_digest,

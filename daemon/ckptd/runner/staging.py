@@ -8,6 +8,7 @@ appended and synced after the file they speak of, so that a torn last line costs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -38,6 +39,12 @@ class Staging:
         Raises:
             NoSpace, StorageFailed: the folder cannot be written.
         """
+        finished = self._resumed(plan, hashed=hashed)
+        for shard in plan.shards:
+            writer.make_folder((self.out_path / shard.name).parent)
+        return finished
+
+    def _resumed(self, plan: Plan, *, hashed: bool) -> dict[str, FinishedShard]:
         writer.make_folder(self.out_path)
         lines = self._read_ledger()
         if not lines or lines[0].get("plan") != plan.digest:
@@ -92,10 +99,11 @@ class Staging:
     def _clear(self, *, keep: Container[str]) -> None:
         """Remove everything but `keep`: what an earlier attempt left may belong there no more."""
         try:
-            for path in self.out_path.iterdir():
+            for path in sorted(self.out_path.rglob("*"), reverse=True):  # files before folders
                 if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name not in keep:
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+                elif path.relative_to(self.out_path).as_posix() not in keep:
                     path.unlink()
         except OSError as error:
             raise writer.translated(error, self.out_path, 0) from error

@@ -41,18 +41,23 @@ class Tally:
         self._upload_bytes = 0
         self._reused_bytes = 0
         self._told: Counters | None = None
+        self._fetched = Counter()
 
     def enter(self, phase: Phase) -> None:
         """The job is now in `phase`."""
         shards = len(self._plan.shards) if self._plan is not None else 0
         self._report(progress.PhaseChanged(phase=phase, num_shards=shards))
 
+    def fetching(self, done_bytes: int, total_bytes: int) -> None:
+        """So much of a base model is here; may be called from any thread."""
+        self._fetched = Counter(done_bytes=done_bytes, total_bytes=total_bytes)
+
     def planned(self, plan: Plan) -> None:
         """What will be done is decided; stage warnings are told."""
         self._plan = self._todo = plan
         small = [
             len(plan.config or b""),
-            len(plan.index or b""),
+            *map(len, plan.indexes.values()),
             *(f.nbytes for f in plan.side_files),
         ]
         self._upload_bytes = plan.output_bytes + sum(small)
@@ -129,8 +134,11 @@ class Tally:
     def _tell(self) -> None:
         plan, todo, meter, reused = self._plan, self._todo, self.meter, self._reused_bytes
         if plan is None or todo is None:
+            if self._fetched.total_bytes:
+                self._tell_once(Counters(fetched=self._fetched))
             return
         counters = Counters(
+            fetched=self._fetched,
             read=Counter(done_bytes=meter.read_bytes, total_bytes=todo.read_bytes),
             computed=Counter(done_bytes=meter.computed_bytes, total_bytes=todo.computed_bytes),
             written=Counter(done_bytes=meter.written_bytes + reused, total_bytes=plan.output_bytes),
@@ -138,6 +146,9 @@ class Tally:
                 done_bytes=sum(self._uploaded.values()), total_bytes=self._upload_bytes
             ),
         )
+        self._tell_once(counters)
+
+    def _tell_once(self, counters: Counters) -> None:
         if counters != self._told:
             self._told = counters
             self._report(progress.BytesMoved(counters=counters))

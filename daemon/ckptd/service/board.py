@@ -20,7 +20,14 @@ from ckptd import __version__
 from ckptd.jobs import progress
 from ckptd.jobs.job import Job
 from ckptd.jobs.store import JobStore
-from ckptd.telemetry.status import DaemonStatus, DefinitionStatus, JobStatus, Phase, WatchStatus
+from ckptd.telemetry.status import (
+    DaemonStatus,
+    DefinitionStatus,
+    JobStatus,
+    Phase,
+    PinStatus,
+    WatchStatus,
+)
 
 STATUS_NAME = "status.json"
 PUBLISH_S = 0.5
@@ -43,6 +50,7 @@ class Board:
         self.state = "starting"
         self.watches: Callable[[], tuple[WatchStatus, ...]] = tuple
         self.definitions: Callable[[], tuple[DefinitionStatus, ...]] = tuple
+        self.pins: Callable[[], PinStatus | None] = lambda: None
 
     def started(self, job: Job, *, worker: str) -> None:
         """A slot has taken `job`."""
@@ -110,6 +118,7 @@ class Board:
             counts=counts,
             watches=self.watches(),
             definitions=self.definitions(),
+            pins=self.pins(),
         )
 
     def _write(self, path: Path, text: str) -> None:

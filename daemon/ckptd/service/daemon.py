@@ -22,13 +22,14 @@ from anyio import to_thread
 from anyio.abc import TaskGroup, TaskStatus
 
 from ckptd.checkpoint import writer
+from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.errors import SettingsError
 from ckptd.jobs.sqlite import SqliteStore
 from ckptd.jobs.store import JobStore
 from ckptd.pipeline.definition import Definition
-from ckptd.service import housekeeping
 from ckptd.service.board import Board
 from ckptd.service.definitions import Definitions
+from ckptd.service.housekeeping import Janitor, PinLimits
 from ckptd.service.identify import KnownBases
 from ckptd.service.intake import Intake
 from ckptd.service.notify import Notifier
@@ -57,6 +58,7 @@ class Daemon:
         self._board.watches = self._watch_statuses
         self._identity = ""
         self._bases = KnownBases(endpoint=settings.hub_endpoint)
+        self._held = OpenFiles()
         self._watchers: dict[str, list[Watcher]] = {}
         self._scopes: dict[str, tuple[Definition, anyio.CancelScope]] = {}
 
@@ -86,12 +88,7 @@ class Daemon:
         if reaped:
             log.info("jobs taken back", jobs=[job.job_id for job in reaped])
         await to_thread.run_sync(self._definitions.look)
-        jobs = await store.list()
-        await to_thread.run_sync(housekeeping.sweep, jobs, settings.state_dir)
-        needed = {Path(job.spec.pinned_path) for job in jobs if housekeeping.needs_pin(job)}
-        for definition in self._definitions.in_use.values():
-            for pins in self._pins(definition):
-                await to_thread.run_sync(pins.sweep, needed)
+        await (janitor := self._janitor(store)).sweep(await store.list())
         worker = Worker(
             name=f"{socket.gethostname()}:{os.getpid()}",
             store=store,
@@ -99,9 +96,9 @@ class Daemon:
             options=WorkerOptions(
                 state_path=settings.state_dir,
                 slots=settings.slots,
-                cache=settings.cache,
                 byte_budget=settings.byte_budget,
                 num_threads=settings.threads,
+                cache=settings.cache,
                 endpoint=settings.hub_endpoint,
                 lease_s=settings.lease,
                 limits=settings.retry_limits,
@@ -112,6 +109,7 @@ class Daemon:
             async with anyio.create_task_group() as group:
                 group.start_soon(worker.run)
                 await self._apply(group, store, worker)
+                group.start_soon(janitor.run)
                 group.start_soon(self._reload, group, store, worker)
                 self._board.state = "running"
                 group.start_soon(
@@ -182,6 +180,19 @@ class Daemon:
                 self._watchers[definition.pipeline] = watchers
                 task_status.started()
 
+    def _janitor(self, store: JobStore) -> Janitor:
+        settings = self._settings
+        janitor = Janitor(
+            owner=self._identity,
+            state_path=settings.state_dir,
+            store=store,
+            held=self._held,
+            limits=PinLimits(max_bytes=settings.pin_limit, max_age_s=settings.pin_age),
+            definitions=lambda: None if self._definitions.any_broken else self._definitions.in_use,
+        )
+        self._board.pins = lambda: janitor.status
+        return janitor
+
     def _pins(self, definition: Definition) -> list[Pins]:
         return [
             Pins(
@@ -189,6 +200,7 @@ class Daemon:
                 pipeline=definition.pipeline,
                 place=scan.parse(watch.path),
                 state_path=self._settings.state_dir,
+                held=self._held,
             )
             for watch in definition.watch
         ]

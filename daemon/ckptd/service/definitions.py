@@ -65,6 +65,11 @@ class Definitions:
         return by_name
 
     @property
+    def any_broken(self) -> bool:
+        """Whether some file has a problem, so that its definition may be missing from `in_use`."""
+        return any(loaded.problem is not None for loaded in self._loaded.values())
+
+    @property
     def computes(self) -> bool:
         """Whether any definition in use has a stage that may need torch."""
         calls = (call for used in self.in_use.values() for call in used.stages)

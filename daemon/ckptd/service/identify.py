@@ -6,15 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckptd import errors
-from ckptd.checkpoint import checkpoint, content, listing
+from ckptd.checkpoint import checkpoint, content, listing, whole
 from ckptd.checkpoint.checkpoint import Checkpoint
+from ckptd.checkpoint.listing import Listing
 from ckptd.jobs import job
 from ckptd.jobs.job import Job, JobSpec, State
 from ckptd.jobs.store import JobStore
 from ckptd.pipeline import bases as base_models
 from ckptd.pipeline import definition as definitions
-from ckptd.pipeline import target
-from ckptd.pipeline.definition import Definition, Watch
+from ckptd.pipeline import origins, target
+from ckptd.pipeline.definition import Definition, Push, Watch
 
 
 class KnownBases:
@@ -46,6 +47,23 @@ class KnownBases:
         fingerprint = base_models.fingerprint(place)
         return str(place), self._digests.of(place, check=check), fingerprint
 
+    def model_type(
+        self,
+        push: Push,
+        source: Checkpoint,
+        *,
+        beside: Path,
+        base: tuple[str, str, str | None] | None,
+    ) -> str | None:
+        """Return the model_type of `source`, of an adapter that of its base; `base` as `of` said.
+
+        Raises:
+            HubError: the Hub cannot answer.
+        """
+        place = None if base is None else base_models.place_of(base[0])
+        origin = origins.of(source, beside=beside, place=place)
+        return origins.model_type(push, source, origin, endpoint=self._endpoint)
+
 
 def spec_of(
     source_path: Path,
@@ -69,7 +87,7 @@ def spec_of(
         HubError: the base's commit cannot be looked up.
         SourceChanged: it was rewritten meanwhile.
     """
-    before = listing.list_files(pin_path).fingerprint_id
+    before = listing.list_files(pin_path)
     source = checkpoint.open_checkpoint(
         pin_path, layout=watch.layout, assets=definition.assets, folder=source_path
     )
@@ -77,13 +95,12 @@ def spec_of(
     base = bases.of(definition, source, beside=source_path, check=check)
     if base is not None:
         content_digest = base_models.together(content_digest, base[1])
-    after = listing.list_files(pin_path).fingerprint_id
-    if after != before:
-        raise errors.SourceChanged(path=source_path, expected=before[:12], found=after[:12])
+    _require_unchanged(source_path, before, listing.list_files(pin_path))
     run = source_path.parent.name
     push = definition.push
     if push is not None:
-        push = target.resolve(push, source, run=run, digest=content_digest)
+        kind = bases.model_type(push, source, beside=source_path, base=base)
+        push = target.resolve(push, source, run=run, digest=content_digest, model_type=kind)
     pipeline_digest = definitions.pipeline_digest(definition)
     described = target.describe(push)
     job_id = job.job_id_of(content_digest, pipeline_digest, described)
@@ -98,9 +115,10 @@ def spec_of(
         name=source_path.name,
         step=source.step,
         content_digest=content_digest,
-        fingerprint=after,
+        fingerprint=before.fingerprint_id,
         pipeline_digest=pipeline_digest,
         target=described,
+        git_tag=None if push is None else push.git_tag,
         base_place=None if base is None else base[0],
         base_digest=None if base is None else base[1],
         base_fingerprint=None if base is None else base[2],
@@ -108,10 +126,33 @@ def spec_of(
     )
 
 
+def _require_unchanged(source_path: Path, before: Listing, after: Listing) -> None:
+    """Refuse a digest of bytes that were rewritten while they were read.
+
+    Raises:
+        SourceChanged: says which file of the pin, and how.
+    """
+    rewritten = whole.changed(before, after)
+    if rewritten is not None:
+        raise errors.SourceChanged(
+            path=source_path, expected="no write while it was identified", found=rewritten
+        )
+
+
 async def known_job(store: JobStore, job_id: str) -> Job | None:
-    """Return the job with this id that still stands for its checkpoint, if there is one."""
+    """Return the job with this id, if there is one; `stands` says what that means."""
     try:
-        known = await store.get(job_id)
+        return await store.get(job_id)
     except errors.UsageError:
         return None
-    return None if known.state is State.VANISHED else known
+
+
+def stands(known: Job | None, definition: Definition) -> bool:
+    """Return whether `known` is what became of a checkpoint under `definition`.
+
+    One that vanished is not, for the checkpoint is there; nor is one that another state of the
+    definition passed over.
+    """
+    if known is None or known.state is State.VANISHED:
+        return False
+    return known.state is not State.SKIPPED or known.spec.definition == definition.dump()

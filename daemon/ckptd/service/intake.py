@@ -1,34 +1,39 @@
 """From what is seen to jobs: pin early, judge when quiet, identify, queue.
 
 One intake serves one watched place of one definition. Pins are made at first sight and kept up to
-date while the folder grows, so that a trainer's rotation takes nothing. Judging and hashing happen
-one checkpoint after the other, in the order in which they settled, so that jobs keep the order of
-steps. Every checkpoint that was seen has a sighting in the store that says what became of it.
+date while the folder grows, so that a trainer's rotation takes nothing; what is gone before it was
+quiet is judged by what was pinned when all of it was there. Judging and hashing happen one
+checkpoint after the other, in the order in which they settled, so that jobs keep the order of steps
+(under `take: newest` the newest goes first). Every checkpoint that was seen has a sighting in the
+store that says what became of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 import structlog
-from anyio import from_thread, to_thread
+from anyio import to_thread
 
 from ckptd import errors
-from ckptd.checkpoint import completeness, listing
+from ckptd.checkpoint import listing, whole
 from ckptd.checkpoint.completeness import Broken, Complete, Waiting
 from ckptd.checkpoint.listing import Listing
+from ckptd.checkpoint.signs.file_set import FileSet
 from ckptd.jobs.job import State
 from ckptd.jobs.store import JobStore, Sighting, Verdict
 from ckptd.pipeline.definition import Definition, Watch
-from ckptd.service import identify
+from ckptd.service import identify, judging, policies
 from ckptd.service.identify import KnownBases
+from ckptd.service.judging import Candidate, Lost
 from ckptd.service.pins import Pins
+from ckptd.service.taking import Taker
 from ckptd.watch.watcher import Changed, Seen, Settled, Vanished, Watcher, WatchEvent
 
 log = structlog.get_logger()
@@ -37,26 +42,12 @@ ABANDON_S = 3600.0
 """An incomplete checkpoint that nobody writes for this long is given up, until it changes."""
 _REJUDGE_S = 15.0
 """How often a quiet but incomplete checkpoint is judged again."""
-_ENDED_BADLY = frozenset({State.FAILED, State.REFUSED, State.HELD})
+_AGAIN = "+"
+"""What the live pin of a folder gets behind its name while one before it is still judged."""
+_GATHER_S = 0.1
+"""How long checkpoints that settled at the same time are gathered, so that the newest goes first."""
+_MAY_DESERVE = frozenset({State.FAILED, State.REFUSED, State.HELD, State.SKIPPED})
 _DECIDED = frozenset({Verdict.TAKEN, Verdict.REFUSED, Verdict.SKIPPED})
-
-
-@dataclass(slots=True, kw_only=True)
-class _Candidate:
-    """One checkpoint that is followed: its last listing, and since when it is quiet."""
-
-    path: Path
-    seen: Listing
-    pin_path: Path
-    quiet_since: float
-    settled: bool = False
-    gone: bool = False
-    ended: bool = False
-    why: str | None = None
-
-    def told(self, text: str) -> str:
-        """Return `text` about the folder that the trainer wrote, where it names the pin."""
-        return text.replace(str(self.pin_path), str(self.path))
 
 
 class Intake:
@@ -78,20 +69,23 @@ class Intake:
         self._watcher = watcher
         self._pins = pins
         self._store = store
-        self._bases = bases
+        self._taker = Taker(definition=definition, watch=watch, pins=pins, store=store, bases=bases)
         self._queued = queued
-        self._candidates: dict[Path, _Candidate] = {}
+        self._file_sets: dict[Path, FileSet] = {}
+        self._candidates: dict[Path, Candidate] = {}
+        self._parting: set[Path] = set()
         self._log = log.bind(pipeline=definition.pipeline)
 
     async def run(
         self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED
     ) -> None:
-        """Follow the place until cancelled; started when the first scan was taken in."""
+        """Follow the place until cancelled; started when the place is watched."""
         send_events, events = anyio.create_memory_object_stream[WatchEvent](64)
-        send_due, due = anyio.create_memory_object_stream[_Candidate](float("inf"))
+        send_due, due = anyio.create_memory_object_stream[Candidate](float("inf"))
         for orphan in await to_thread.run_sync(self._orphans):
-            send_due.send_nowait(orphan)
+            await self._part(orphan, send_due)
         async with anyio.create_task_group() as group, send_due:
+            self._tasks = group
             group.start_soon(self._judge_all, due)
             group.start_soon(self._rejudge, send_due)
             await group.start(self._watcher.run, send_events)
@@ -100,7 +94,7 @@ class Intake:
                 async for event in events:
                     await self._on(event, send_due)
 
-    def _orphans(self) -> list[_Candidate]:
+    def _orphans(self) -> list[Candidate]:
         """Pins whose source went away while nobody watched, to be judged as they are. Blocks."""
         found = []
         for path, pin_path in self._pins.orphans():
@@ -109,40 +103,64 @@ class Intake:
             except errors.CkptdError as error:
                 self._log.warning("pin unreadable", pin=str(pin_path), why=str(error))
                 continue
-            orphan = _Candidate(path=path, seen=seen, pin_path=pin_path, quiet_since=0.0, gone=True)
+            orphan = Candidate(path=path, seen=seen, pin_path=pin_path, quiet_since=0.0, gone=True)
             found.append(orphan)
         return found
 
-    async def _on(self, event: WatchEvent, due: anyio.abc.ObjectSendStream[_Candidate]) -> None:
+    async def _on(self, event: WatchEvent, due: anyio.abc.ObjectSendStream[Candidate]) -> None:
         path = event.candidate.path
-        match event:
-            case Seen() | Changed():
-                if await self._is_decided(path, event.listing):
-                    return
-                candidate = await self._follow(path, event.candidate.root_path, event.listing)
-                await self._pin(candidate)
-            case Settled():
-                if await self._is_decided(path, event.listing):
-                    return
-                candidate = await self._follow(path, event.candidate.root_path, event.listing)
-                candidate.settled = True
-                await due.send(candidate)
-            case Vanished():
-                vanished = self._candidates.pop(path, None)
-                if vanished is not None:
-                    vanished.gone = True
-                    await due.send(vanished)
+        if isinstance(event, Vanished):
+            await self._went(path, due)
+            return
+        seen = event.listing
+        if await self._is_decided(path, seen) or await self._leaves_out(path, seen):
+            return
+        candidate = await self._follow(event, due)
+        if candidate is None:
+            return  # gone again: the watcher will say so
+        if isinstance(event, Settled):
+            candidate.settled = True
+            await due.send(candidate)
+        else:
+            await self._pin(candidate)
 
-    async def _follow(self, path: Path, root_path: Path, seen: Listing) -> _Candidate:
-        candidate = self._candidates.get(path)
-        if candidate is None or candidate.seen.fingerprint != seen.fingerprint:
-            pin_path = await to_thread.run_sync(self._pins.live_path, path, root_path)
-            candidate = _Candidate(
-                path=path, seen=seen, pin_path=pin_path, quiet_since=time.monotonic()
-            )
-            if path not in self._candidates:
-                self._log.info("checkpoint seen", checkpoint=str(path))
-            self._candidates[path] = candidate
+    async def _went(self, path: Path, due: anyio.abc.ObjectSendStream[Candidate]) -> None:
+        """Have what is gone judged by its pin; say it of what went before it could be looked at."""
+        gone = self._candidates.pop(path, None)
+        if gone is not None:
+            await self._part(gone, due)
+        elif await self._store.sighting(str(path), self._definition.pipeline) is None:
+            reason = str(errors.CheckpointVanished(path=path))
+            self._log.warning("checkpoint vanished", checkpoint=str(path), why=reason)
+            await self._store.note(self._sighting(path, None, Verdict.VANISHED, reason=reason))
+
+    async def _part(self, gone: Candidate, due: anyio.abc.ObjectSendStream[Candidate]) -> None:
+        """Judge a candidate without its folder; its pin is its own until then."""
+        gone.gone = True
+        self._parting.add(gone.pin_path)
+        await due.send(gone)
+
+    async def _follow(
+        self, event: Seen | Changed | Settled, due: anyio.abc.ObjectSendStream[Candidate]
+    ) -> Candidate | None:
+        """Return the candidate in the state that the event tells of; None where it is gone."""
+        path, seen = event.candidate.path, event.listing
+        known = self._candidates.get(path)
+        if known is not None and known.seen.fingerprint == seen.fingerprint:
+            return known
+        pin_path = await to_thread.run_sync(self._pins.live_path, path, event.candidate.root_path)
+        if pin_path is None:
+            return None
+        if known is not None and known.pin_path.name.rstrip(_AGAIN) == pin_path.name:
+            pin_path = known.pin_path
+        elif known is not None:  # deleted and made anew between two looks
+            await self._part(known, due)
+        while known is None and pin_path in self._parting:  # inode numbers are used again
+            pin_path = pin_path.with_name(pin_path.name + _AGAIN)
+        if known is None:
+            self._log.info("checkpoint seen", checkpoint=str(path))
+        candidate = Candidate(path=path, seen=seen, pin_path=pin_path, quiet_since=time.monotonic())
+        self._candidates[path] = candidate
         return candidate
 
     async def _is_decided(self, path: Path, seen: Listing) -> bool:
@@ -155,11 +173,22 @@ class Intake:
         return sighting.job_id is None or not await self._deserves_another(sighting.job_id)
 
     async def _deserves_another(self, job_id: str) -> bool:
-        """Whether a job ended badly under a definition that has been changed since."""
+        """Whether a job was not done under a definition that has been changed since."""
         known = await identify.known_job(self._store, job_id)
-        if known is None:
+        if known is None or not identify.stands(known, self._definition):
             return True
-        return known.state in _ENDED_BADLY and known.spec.definition != self._definition.dump()
+        return known.state in _MAY_DESERVE and known.spec.definition != self._definition.dump()
+
+    async def _leaves_out(self, path: Path, seen: Listing) -> bool:
+        """Whether `take` passes over the step in the checkpoint's name; said once, nothing pinned."""
+        why = policies.passed_over(self._definition.take, step=policies.step_in_name(path))
+        if why is None:
+            return False
+        known = await self._store.sighting(str(path), self._definition.pipeline)
+        if known is None or known.reason != why:
+            self._log.info("checkpoint skipped", checkpoint=str(path), why=why)
+            await self._store.note(self._sighting(path, seen, Verdict.SKIPPED, reason=why))
+        return True
 
     def _identity(self, seen: Listing, verdict: Verdict) -> str:
         """What a verdict holds for: a refusal only under the definition that brought it about."""
@@ -168,95 +197,114 @@ class Intake:
         definition = json.dumps(self._definition.dump(), sort_keys=True).encode()
         return f"{seen.fingerprint_id} {hashlib.sha256(definition).hexdigest()[:16]}"
 
-    async def _pin(self, candidate: _Candidate) -> None:
+    async def _pin(self, candidate: Candidate) -> None:
         """Pin what is there, where that costs nothing; a failure shows when it is judged."""
         try:
-            await to_thread.run_sync(self._pins.refresh_early, candidate.pin_path, candidate.seen)
+            unsure = await to_thread.run_sync(
+                self._pins.refresh_early, candidate.pin_path, candidate.path
+            )
+            if unsure:
+                self._tasks.start_soon(self._look_again, candidate)
+        except errors.CheckpointVanished:
+            return  # the watcher will say so
         except errors.CkptdError as error:
             self._log.warning("not pinned yet", checkpoint=str(candidate.path), why=str(error))
 
-    async def _judge_all(self, due: anyio.abc.ObjectReceiveStream[_Candidate]) -> None:
+    async def _look_again(self, candidate: Candidate) -> None:
+        """Make sure that what was seen of a checkpoint was not being deleted then."""
+        await anyio.sleep(whole.CERTAIN_S)
+        if self._candidates.get(candidate.path) is candidate:
+            await self._pin(candidate)
+
+    async def _judge_all(self, due: anyio.abc.ObjectReceiveStream[Candidate]) -> None:
+        waiting: list[Candidate] = []
         async with due:
             async for candidate in due:
-                current = self._candidates.get(candidate.path)
-                if candidate.ended or (not candidate.gone and current is not candidate):
-                    continue  # judged already, or changed since: a newer one will come
-                try:
-                    await self._judge(candidate)
-                except errors.CheckpointVanished:
-                    await self._lost(candidate)
-                except errors.CkptdError as error:
-                    await self._refuse(candidate, error)
-                except OSError as error:  # of the file system, not of the checkpoint: not final
-                    await self._wait(candidate, f"{candidate.path}: {error}")
+                waiting.append(candidate)
+                while waiting:
+                    await self._gather(due, waiting)
+                    await self._judge_one(waiting.pop(0))
 
-    async def _judge(self, candidate: _Candidate) -> None:
-        if not candidate.gone:
-            seen = candidate.seen
-            await to_thread.run_sync(self._pins.refresh_fully, candidate.pin_path, seen)
-            now = await to_thread.run_sync(listing.list_files, candidate.path)
-            if now.fingerprint != seen.fingerprint:
-                return  # the watcher will say so
-        pinned = await to_thread.run_sync(listing.list_files, candidate.pin_path)
-        facts = await to_thread.run_sync(
-            lambda: completeness.examine(
-                candidate.pin_path,
-                pinned,
-                layout=self._watch.layout,
-                done_file=self._watch.done_file,
-                assets=self._definition.assets,
-                folder=candidate.path,
-                seen=pinned if candidate.gone else candidate.seen,
-            )
-        )
-        quiet_s = float("inf") if candidate.gone else time.monotonic() - candidate.quiet_since
-        # The watcher has waited for the quiet period: what it measured is not measured again.
-        verdict = completeness.verdict(
-            facts, quiet_s=max(quiet_s, self._watch.settle), settle_s=self._watch.settle
-        )
-        match verdict:
-            case Complete():
-                await self._take(candidate)
-            case Waiting() if candidate.gone:
-                await self._lost(candidate, verdict.why)
-            case Waiting():
-                await self._wait(candidate, verdict.why)
-            case Broken():
-                await self._refuse(candidate, verdict.error)
+    async def _gather(
+        self, due: anyio.abc.ObjectReceiveStream[Candidate], waiting: list[Candidate]
+    ) -> None:
+        """Under `take: newest`, put the newest of what waits to be judged first."""
+        if self._definition.take != "newest":
+            return
+        with anyio.move_on_after(_GATHER_S), contextlib.suppress(anyio.EndOfStream):
+            while True:
+                waiting.append(await due.receive())
+        waiting.sort(key=lambda one: policies.step_in_name(one.path) or 0, reverse=True)
 
-    async def _take(self, candidate: _Candidate) -> None:
-        """Identify the checkpoint by content and queue a job, unless there is one already."""
-        spec = await to_thread.run_sync(
-            lambda: identify.spec_of(
-                candidate.path,
-                candidate.pin_path,
-                definition=self._definition,
+    async def _judge_one(self, candidate: Candidate) -> None:
+        if self._is_stale(candidate):
+            return  # judged already, or changed since: a newer one will come
+        try:
+            await self._judge(candidate)
+        except errors.CheckpointVanished:
+            await self._lost(candidate)
+        except errors.SourceChanged as error:
+            await self._void(candidate, error)
+        except errors.CkptdError as error:
+            await self._refuse(candidate, error)
+        except OSError as error:  # of the file system, not of the checkpoint: not final
+            await self._wait(candidate, f"{candidate.path}: {error}")
+
+    def _is_stale(self, candidate: Candidate) -> bool:
+        current = self._candidates.get(candidate.path)
+        return candidate.ended or (not candidate.gone and current is not candidate)
+
+    async def _judge(self, candidate: Candidate) -> None:
+        if not candidate.gone and not await self._is_as_seen(candidate):
+            return  # the watcher will say so
+        judgement = await to_thread.run_sync(
+            lambda: judging.judge(
+                candidate,
+                pins=self._pins,
                 watch=self._watch,
-                frozen_path=lambda job_id: self._pins.frozen_path(candidate.pin_path, job_id),
-                bases=self._bases,
-                now=time.time(),
-                check=from_thread.check_cancelled,
+                assets=self._definition.assets,
+                before=self._file_sets.get(candidate.path.parent),
             )
         )
-        known = await identify.known_job(self._store, spec.job_id)
-        if known is not None:
-            await to_thread.run_sync(self._pins.release, candidate.pin_path)
-            self._log.info(
-                "checkpoint known", checkpoint=str(candidate.path), job=spec.job_id,
-                state=known.state.value,
-            )  # fmt: skip
-        else:
-            frozen_path = Path(spec.pinned_path)
-            await to_thread.run_sync(self._pins.freeze, candidate.pin_path, frozen_path)
-            await self._store.enqueue(spec, now=time.time())
-            self._log.info(
-                "job queued", checkpoint=str(candidate.path), job=spec.job_id, step=spec.step,
-                digest=spec.content_digest[:19], target=spec.target,
-            )  # fmt: skip
-            self._queued()
-        await self._note(candidate, Verdict.TAKEN, job_id=spec.job_id)
+        match judgement.verdict:
+            case Complete():
+                assert judgement.pinned is not None
+                if judgement.file_set is not None:
+                    self._file_sets[candidate.path.parent] = judgement.file_set
+                await self._take(candidate, judgement.pinned)
+            case Waiting(why=why):
+                await self._wait(candidate, why)
+            case Broken(error=error):
+                await self._refuse(candidate, error)
+            case Lost(why=why):
+                await self._lost(candidate, why)
 
-    async def _wait(self, candidate: _Candidate, why: str) -> None:
+    async def _is_as_seen(self, candidate: Candidate) -> bool:
+        """Pin a quiet checkpoint to the last file; whether it is still what was seen, or gone.
+
+        Where it went meanwhile it is `gone` from here on, and judged by its pin.
+        """
+        seen = candidate.seen
+        await to_thread.run_sync(self._pins.refresh_fully, candidate.pin_path, seen)
+        try:
+            now = await to_thread.run_sync(listing.list_files, candidate.path)
+        except errors.CheckpointVanished:
+            candidate.gone = True
+            return True
+        return now.fingerprint == seen.fingerprint
+
+    async def _take(self, candidate: Candidate, pinned: Listing) -> None:
+        taken = await self._taker.take(candidate.path, candidate.pin_path, pinned)
+        if taken.skipped is not None:
+            await self._drop(candidate, Verdict.SKIPPED, taken.skipped)
+            return
+        if taken.is_new:
+            self._queued()
+        else:
+            await to_thread.run_sync(self._pins.release, candidate.pin_path)
+        await self._note(candidate, Verdict.TAKEN, job_id=taken.job_id)
+
+    async def _wait(self, candidate: Candidate, why: str) -> None:
         why = candidate.told(why)
         if candidate.why == why:
             return
@@ -264,7 +312,7 @@ class Intake:
         self._log.info("checkpoint incomplete", checkpoint=str(candidate.path), why=why)
         await self._note(candidate, Verdict.INCOMPLETE, reason=why)
 
-    async def _rejudge(self, due: anyio.abc.ObjectSendStream[_Candidate]) -> None:
+    async def _rejudge(self, due: anyio.abc.ObjectSendStream[Candidate]) -> None:
         """Judge quiet, incomplete checkpoints again: some verdicts change with time alone."""
         while True:
             await anyio.sleep(_REJUDGE_S)
@@ -277,18 +325,25 @@ class Intake:
                 else:
                     await due.send(candidate)
 
-    async def _lost(self, candidate: _Candidate, why: str | None = None) -> None:
+    async def _void(self, candidate: Candidate, error: errors.SourceChanged) -> None:
+        """Give up what was rewritten while it was identified; what is there now is judged anew."""
+        if candidate.gone:
+            await self._lost(candidate, str(error))
+        elif not self._is_stale(candidate):
+            await self._wait(candidate, str(error))
+
+    async def _lost(self, candidate: Candidate, why: str | None = None) -> None:
         error = errors.CheckpointVanished(path=candidate.path)
         reason = str(error) if why is None else f"{error} ({why})"
         await self._drop(candidate, Verdict.VANISHED, reason)
 
-    async def _refuse(self, candidate: _Candidate, error: errors.CkptdError) -> None:
+    async def _refuse(self, candidate: Candidate, error: errors.CkptdError) -> None:
         if error.retry is errors.Retry.NEVER:
             await self._drop(candidate, Verdict.REFUSED, str(error))
         else:
             await self._wait(candidate, str(error))
 
-    async def _drop(self, candidate: _Candidate, verdict: Verdict, reason: str) -> None:
+    async def _drop(self, candidate: Candidate, verdict: Verdict, reason: str) -> None:
         reason = candidate.told(reason)
         self._log.warning(f"checkpoint {verdict.value}", checkpoint=str(candidate.path), why=reason)
         await to_thread.run_sync(self._pins.release, candidate.pin_path)
@@ -296,24 +351,38 @@ class Intake:
 
     async def _note(
         self,
-        candidate: _Candidate,
+        candidate: Candidate,
         verdict: Verdict,
         *,
         reason: str | None = None,
         job_id: str | None = None,
     ) -> None:
         candidate.ended = verdict in _DECIDED or verdict is Verdict.VANISHED
+        if candidate.ended:
+            self._parting.discard(candidate.pin_path)
         if candidate.ended and self._candidates.get(candidate.path) is candidate:
             del self._candidates[candidate.path]
-        await self._store.note(
-            Sighting(
-                source_path=str(candidate.path),
-                pipeline=self._definition.pipeline,
-                fingerprint_id=self._identity(candidate.seen, verdict),
-                verdict=verdict,
-                # Names on disk may be no text; the store takes nothing else.
-                reason=None if reason is None else reason.encode("utf-8", "replace").decode(),
-                job_id=job_id,
-                at=time.time(),
-            )
+        sighting = self._sighting(
+            candidate.path, candidate.seen, verdict, reason=reason, job_id=job_id
+        )
+        await self._store.note(sighting)
+
+    def _sighting(
+        self,
+        path: Path,
+        seen: Listing | None,
+        verdict: Verdict,
+        *,
+        reason: str | None,
+        job_id: str | None = None,
+    ) -> Sighting:
+        return Sighting(
+            source_path=str(path),
+            pipeline=self._definition.pipeline,
+            fingerprint_id="" if seen is None else self._identity(seen, verdict),
+            verdict=verdict,
+            # Names on disk may be no text; the store takes nothing else.
+            reason=None if reason is None else reason.encode("utf-8", "replace").decode(),
+            job_id=job_id,
+            at=time.time(),
         )

@@ -2,24 +2,30 @@
 
 `<root>/.ckptd/live/<id>/` follows a folder of the trainer; when the checkpoint is taken it is
 renamed to `<root>/.ckptd/pins/<job>/` and never changed again, so that a trainer that writes into
-the same folder once more gets a new live pin. Where the root cannot be written, pins are copies in
-the state folder. Everything here blocks.
+the same folder once more gets a new live pin. Where the root cannot be written, files are held open
+and copied to the state folder. `service.pinned` looks after the pins of all definitions together.
+Everything here blocks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import threading
-from collections.abc import Collection
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import structlog
 
-from ckptd.checkpoint import pin
+from ckptd.checkpoint import origin, pin, whole
 from ckptd.checkpoint.listing import Listing
+from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.checkpoint.pin import PinMethod
+from ckptd.checkpoint.whole import Look, Noted
 from ckptd.errors import StorageFailed
+from ckptd.service import pinned
 from ckptd.watch.scan import Place
 
 log = structlog.get_logger()
@@ -31,22 +37,31 @@ class Pins:
     `owner` is the daemon's identity: daemons that share a root leave each other's pins alone.
     """
 
-    def __init__(self, *, owner: str, pipeline: str, place: Place, state_path: Path) -> None:
+    def __init__(
+        self, *, owner: str, pipeline: str, place: Place, state_path: Path, held: OpenFiles
+    ) -> None:
         self._owner = owner
         self._pipeline = pipeline
         self._place = place
         self._root_path = place.root_path
         self._state_path = state_path
+        self._held = held
         self._bases: dict[Path, tuple[Path, PinMethod]] = {}
         self._lock = threading.Lock()
+        self._busy: dict[Path, threading.Lock] = {}
+        self._unsynced: set[Path] = set()
+        self._stood: dict[Path, tuple[Mapping[Path, int], float]] = {}
 
-    def live_path(self, source: Path, root_path: Path) -> Path:
-        """Return where the live pin of `source` (below `root_path`) is."""
+    def live_path(self, source: Path, root_path: Path) -> Path | None:
+        """Return where the live pin of `source` (below `root_path`) is; None where that is gone.
+
+        A folder that was deleted and made anew is another one.
+        """
         base, _ = self._base(root_path)
         try:
             ino = source.stat().st_ino
         except OSError:
-            ino = 0
+            return None
         key = f"{self._owner}\0{self._pipeline}\0{source}\0{ino}".encode()
         return base / "live" / hashlib.sha256(key).hexdigest()[:16]
 
@@ -54,15 +69,28 @@ class Pins:
         """Return where the pin of a job is, on the same mount as its live one."""
         return live_path.parent.parent / "pins" / job_id
 
-    def refresh_early(self, live_path: Path, seen: Listing) -> None:
-        """Bring the live pin up to `seen` where that is nearly free; copies wait for quiet.
+    def refresh_early(self, live_path: Path, source: Path) -> bool:
+        """Bring the live pin up to what is in `source` now where that is nearly free.
+
+        Where all of it was there to be pinned, that is noted: see `checkpoint.whole`. Returns
+        whether another look after `CERTAIN_S` would make that certain.
 
         Raises:
+            CheckpointVanished: the source is gone.
             NoSpace, StorageFailed: the pin cannot be written.
         """
         method = self._method(live_path)
-        if method is not PinMethod.COPY:
-            self._refresh(live_path, seen, method)
+        if method is PinMethod.COPY:
+            return False  # nothing is free: it waits for quiet
+        with self._alone(live_path):
+            found = whole.look(source)
+            report = self._refresh(live_path, found.listing, method, early=True)
+            is_whole = not report.vanished and not report.left and whole.confirm(found)
+            certain = is_whole and (found.certain or self._has_stood(live_path, found))
+            if is_whole:
+                whole.note(live_path, found.listing, settled=False, certain=certain)
+            self._sync(live_path)
+        return is_whole and not certain
 
     def refresh_fully(self, live_path: Path, seen: Listing) -> None:
         """Make the live pin exactly `seen`, the state of a quiet folder.
@@ -70,18 +98,45 @@ class Pins:
         Raises:
             NoSpace, StorageFailed: the pin cannot be written.
         """
-        self._refresh(live_path, seen, self._method(live_path))
-        pin.prune(live_path, seen)
+        with self._alone(live_path):
+            report = self._refresh(live_path, seen, self._method(live_path), early=False)
+            self._held.release(live_path)
+            if not report.vanished:
+                pin.prune(live_path, seen)
+                whole.note(live_path, seen, settled=True, certain=True)
+            self._sync(live_path)
+
+    def last_intact(self, live_path: Path) -> Noted | None:
+        """Make the live pin of a source that is gone what was there when all of it was, and say so.
+
+        None where it was never seen whole, or not all of that was pinned.
+
+        Raises:
+            NoSpace, StorageFailed: what was held open cannot be copied.
+        """
+        with self._alone(live_path):
+            pin.materialize(live_path, self._held)
+            noted = whole.noted(live_path)
+            if noted is None or pin.missing(live_path, noted.listing):
+                return None
+            pin.prune(live_path, noted.listing)
+            return noted
 
     def freeze(self, live_path: Path, frozen_path: Path) -> None:
         """Turn a live pin into a job's; what an earlier attempt left there is replaced."""
-        shutil.rmtree(frozen_path, ignore_errors=True)
-        frozen_path.parent.mkdir(parents=True, exist_ok=True)
-        live_path.rename(frozen_path)
+        with self._alone(live_path):
+            shutil.rmtree(frozen_path, ignore_errors=True)
+            frozen_path.parent.mkdir(parents=True, exist_ok=True)
+            live_path.rename(frozen_path)
+            self._stood.pop(live_path, None)
 
     def release(self, live_path: Path) -> None:
         """Remove a live pin."""
-        pin.release(live_path)
+        with self._alone(live_path):
+            self._held.release(live_path)
+            self._unsynced.discard(live_path)
+            self._stood.pop(live_path, None)
+            pin.release(live_path)
 
     def orphans(self) -> list[tuple[Path, Path]]:
         """Return (source, live pin) of pins whose source went away while nobody watched."""
@@ -89,47 +144,49 @@ class Pins:
         pattern = str(self._root_path.resolve().joinpath(*self._place.parts))
         for base in self._known_bases():
             for live_path in sorted((base / "live").glob("*")):
-                origin = self._own_origin(live_path)
-                if origin is None or origin.get("pipeline") != self._pipeline:
+                known = pinned.own_origin(live_path, self._owner)
+                if known is None or known.get("pipeline") != self._pipeline:
                     continue
-                source = Path(origin["source"])
-                if source.match(pattern) and not _exists(source):
+                source = Path(known["source"])
+                if source.match(pattern) and not pinned.exists(source):
                     found.append((source, live_path))
         return found
 
-    def sweep(self, needed: Collection[Path]) -> None:
-        """Remove the frozen pins that no job in `needed` has; those of a crash go live again."""
-        for base in self._known_bases():
-            for path in (base / "pins").glob("*"):
-                if path in needed:
-                    continue
-                origin = self._own_origin(path)
-                if origin is None:
-                    continue  # another daemon's
-                if not _exists(Path(origin["source"])):
-                    live_path = base / "live" / path.name
-                    if not live_path.exists():
-                        live_path.parent.mkdir(parents=True, exist_ok=True)
-                        path.rename(live_path)
-                        continue
-                pin.release(path)
+    @contextlib.contextmanager
+    def _alone(self, live_path: Path) -> Iterator[None]:
+        """Keep others off one live pin: a checkpoint may be judged while its next change is seen."""
+        with self._lock:
+            lock = self._busy.setdefault(live_path, threading.Lock())
+        with lock:
+            yield
 
-    def _refresh(self, live_path: Path, seen: Listing, method: PinMethod) -> None:
-        if pin.read_origin(live_path) is None:
-            origin = {
+    def _refresh(
+        self, live_path: Path, seen: Listing, method: PinMethod, *, early: bool
+    ) -> pin.PinReport:
+        if origin.read(live_path) is None:
+            ours = {
                 "owner": self._owner,
                 "pipeline": self._pipeline,
                 "source": str(seen.path),
+                "method": str(method),
             }
-            pin.write_origin(live_path, origin)
-        pin.refresh(seen.base_path, seen, live_path, method)
+            origin.write(live_path, ours)
+            self._unsynced.add(live_path)
+        return pin.refresh(seen.base_path, seen, live_path, method, held=self._held, early=early)
 
-    def _own_origin(self, path: Path) -> dict[str, str] | None:
-        """Return the origin of a pin that this daemon made, None for any other."""
-        origin = pin.read_origin(path)
-        if origin is None or origin.get("owner") != self._owner or "source" not in origin:
-            return None
-        return origin
+    def _has_stood(self, live_path: Path, found: Look) -> bool:
+        """Whether the folders are as an intact look saw them `CERTAIN_S` ago."""
+        folders, since = self._stood.get(live_path, (None, 0.0))
+        if folders == found.folders:
+            return time.monotonic() - since >= whole.CERTAIN_S
+        self._stood[live_path] = (found.folders, time.monotonic())
+        return False
+
+    def _sync(self, live_path: Path) -> None:
+        """Make a new pin's origin durable, last: the trainer deletes faster than a disk syncs."""
+        if live_path in self._unsynced:
+            origin.sync(live_path)
+            self._unsynced.discard(live_path)
 
     def _method(self, live_path: Path) -> PinMethod:
         base = live_path.parent.parent
@@ -142,29 +199,16 @@ class Pins:
             return self._bases[root_path]
 
     def _probed(self, root_path: Path) -> tuple[Path, PinMethod]:
+        pinned.remember(self._state_path, root_path)
+        base = root_path / pin.FOLDER_NAME
         try:
             method = pin.probe(root_path)
         except StorageFailed as error:
-            log.warning("pins are copies in the state folder", root=str(root_path), why=str(error))
-            return self._fallback(root_path), PinMethod.COPY
+            log.warning("pins go to the state folder", root=str(root_path), why=str(error))
+            base, method = pinned.base_in_state(self._state_path, root_path), PinMethod.OPEN_FILES
         log.info("pins probed", root=str(root_path), method=str(method))
-        return root_path / pin.FOLDER_NAME, method
-
-    def _fallback(self, root_path: Path) -> Path:
-        name = hashlib.sha256(str(root_path).encode()).hexdigest()[:16]
-        return self._state_path / "pins" / name
+        return base, method
 
     def _known_bases(self) -> list[Path]:
         root_path = self._root_path.resolve()
-        return [root_path / pin.FOLDER_NAME, self._fallback(root_path)]
-
-
-def _exists(path: Path) -> bool:
-    """Whether something is there; what may not be looked at is taken to be."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
+        return [root_path / pin.FOLDER_NAME, pinned.base_in_state(self._state_path, root_path)]

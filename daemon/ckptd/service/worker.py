@@ -21,9 +21,9 @@ import structlog
 from ckptd import errors
 from ckptd.checkpoint.writer import Cache
 from ckptd.jobs import progress
-from ckptd.jobs.job import Failure, Job, RetryLimits
+from ckptd.jobs.job import Failure, Job, Outcome, RetryLimits, State
 from ckptd.jobs.store import JobStore
-from ckptd.service import housekeeping
+from ckptd.service import housekeeping, policies
 from ckptd.service.board import Board
 from ckptd.service.runners import RunnerProcess
 
@@ -100,6 +100,8 @@ class Worker:
                         await news.wait()
                     continue
                 idle_deaths = 0
+                if await self._passes_over(job, worker):
+                    continue
                 if not await self._do(job, runner, worker):
                     await runner.close()
                     runner = None
@@ -113,6 +115,22 @@ class Worker:
         log.warning("runner replaced", why=failure.message)
         if idle_deaths:
             await anyio.sleep(START_PAUSE_S)
+
+    async def _passes_over(self, job: Job, worker: str) -> bool:
+        """Whether the job's definition ends it before it begins: its branch would go back.
+
+        No other job of its target runs now, so what is published stays so until this one has ended.
+        """
+        if not policies.moves_forward_only(job.spec):
+            return False
+        why = policies.goes_back(job, await self._store.list(states=[State.PUBLISHED]))
+        if why is None:
+            return False
+        outcome = Outcome(state=State.SKIPPED, reason=why)
+        ended = await self._store.finish(job.spec.job_id, outcome, worker=worker, now=time.time())
+        log.info("job skipped", job=job.spec.job_id, checkpoint=job.spec.source_path, reason=why)
+        await anyio.to_thread.run_sync(housekeeping.tidy, ended, self._options.state_path)
+        return True
 
     async def _do(self, job: Job, runner: RunnerProcess, worker: str) -> bool:
         """Have `runner` do `job`; return whether the runner can take another one."""
@@ -154,6 +172,7 @@ class Worker:
             work_path=str(housekeeping.work_path(self._options.state_path, spec.job_id)),
             byte_budget=self._options.byte_budget,
             num_threads=self._options.num_threads,
+            cache=self._options.cache,
             endpoint=self._options.endpoint,
             attempt=job.attempt,
         )
@@ -172,7 +191,6 @@ class Worker:
                     log.error("runner wrote nonsense", job=spec.job_id, error=str(error))
             group.cancel_scope.cancel()
         return ending
-            cache=self._options.cache,
 
     async def _keep_lease(self, job_id: str, runner: RunnerProcess, worker: str) -> None:
         asked_at: float | None = None

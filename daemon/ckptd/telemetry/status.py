@@ -23,6 +23,8 @@ class Phase(enum.Enum):
     STARTING = "starting"
     PLANNING = "planning"
     """Reading headers and configs; no tensor byte yet."""
+    FETCHING = "fetching the base model"
+    """Downloading what an adapter is merged into."""
     CHECKING = "checking"
     """Everything about the Hub that can be checked before the first upload."""
     STREAMING = "streaming"
@@ -49,12 +51,13 @@ class Counter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """The four ways bytes go through a job."""
+    """The ways bytes go through a job; `fetched` are those of a base model."""
 
     read: Counter = Counter()
     computed: Counter = Counter()
     written: Counter = Counter()
     uploaded: Counter = Counter()
+    fetched: Counter = Counter()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +96,18 @@ class WatchStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinStatus:
+    """What the pins of all definitions hold."""
+
+    num_pins: int = 0
+    held_bytes: int = 0
+    """Bytes on disk that would be free without them: what the trainer still has costs nothing."""
+    limit_bytes: int
+    max_age_s: float
+    """How long a failed or held job keeps its pin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DefinitionStatus:
     """One definition file: loaded, or broken with the last good one still in use."""
 
@@ -118,6 +133,7 @@ class DaemonStatus:
     """Jobs by state name."""
     watches: tuple[WatchStatus, ...] = ()
     definitions: tuple[DefinitionStatus, ...] = ()
+    pins: PinStatus | None = None
     format: int = FORMAT
 
     @property

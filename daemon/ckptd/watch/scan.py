@@ -1,8 +1,7 @@
-"""The truth about a watched place: which candidates are there right now.
+"""A watched place: what its glob means, and what one folder on the way holds of it.
 
-A glob is expanded level by level with `os.scandir`, so that a look costs milliseconds however large
-the checkpoints are: the scan never goes below the glob. The part before the first wildcard is the
-root; it is resolved in each scan, and no link leads out of it. Names that begin with a dot
+A glob is expanded level by level (`tree` remembers what was found); the scan never goes below it.
+The part before the first wildcard is the root, which no link leaves. Names that begin with a dot
 (`.ckptd` above all) do not exist here.
 """
 
@@ -11,8 +10,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -45,15 +43,6 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Folder:
-    """A folder the scan went through, and which one it was: a new one may bear the same name."""
-
-    path: Path
-    dev: int
-    ino: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
     """Something that the glob matches and that is not taken."""
 
@@ -62,14 +51,14 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scan:
-    """What one look has found."""
+class Entries:
+    """What one folder holds of one level of the glob."""
 
-    candidates: tuple[Candidate, ...]
-    """In natural order: `checkpoint-9` before `checkpoint-10`."""
-    folders: tuple[Folder, ...]
-    """The root and the levels between it and the candidates; empty while there is no root."""
-    left_out: tuple[LeftOut, ...]
+    children: tuple[Path, ...] = ()
+    """Folders; at the last level what the place wants, folders or regular files."""
+    links: tuple[Path, ...] = ()
+    """Symbolic links, wherever they lead: that may change while the folder does not."""
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def parse(pattern: str) -> Place:
@@ -84,16 +73,43 @@ def parse(pattern: str) -> Place:
     )
 
 
-def scan(place: Place) -> Scan:
-    """Return what is at `place` now. Blocks on the file system; raises nothing of it."""
-    looking = _Look(place)
-    looking.run()
-    candidates = sorted(looking.candidates.values(), key=lambda found: natural_key(found.path))
-    return Scan(
-        candidates=tuple(candidates),
-        folders=tuple(looking.folders),
-        left_out=tuple(looking.left_out),
-    )
+def matcher(part: str) -> Callable[[str], bool]:
+    """Return what says whether a name belongs to the level of the glob that `part` is."""
+    matches = re.compile(fnmatch.translate(part)).match
+    return lambda name: not name.startswith(".") and matches(name) is not None
+
+
+def entries(folder: Path, matches: Callable[[str], bool], *, files: bool) -> Entries:
+    """Return the entries of `folder` that match: regular files, or folders. Blocks.
+
+    Raises:
+        OSError: the folder is not there, or may not be listed.
+    """
+    children, links, left_out = [], [], []
+    with os.scandir(folder) as found:
+        for entry in found:
+            if not matches(entry.name):
+                continue
+            path = Path(entry.path)
+            if not _is_text(entry.name):
+                left_out.append(LeftOut(path=path, reason="its name is not UTF-8 text"))
+            elif entry.is_symlink():
+                links.append(path)
+            elif _is_wanted(entry, files=files):
+                children.append(path)
+    return Entries(children=tuple(children), links=tuple(links), left_out=tuple(left_out))
+
+
+def resolved(link: Path, root_path: Path) -> Path | LeftOut | None:
+    """Return what `link` leads to; what is left out of it; or None where it leads nowhere."""
+    try:
+        target = link.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return None  # dangling, or a loop
+    inside = target.is_relative_to(root_path)
+    if not inside or any(part.startswith(".") for part in target.relative_to(root_path).parts):
+        return LeftOut(path=link, reason="a link that leaves the watched root")
+    return target
 
 
 def natural_key(path: Path) -> tuple[tuple[int, str], ...]:
@@ -102,79 +118,18 @@ def natural_key(path: Path) -> tuple[tuple[int, str], ...]:
     return tuple((int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces)
 
 
-class _Look:
-    """One expansion of one glob."""
+def _is_text(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.candidates: dict[Path, Candidate] = {}
-        self.folders: list[Folder] = []
-        self.left_out: list[LeftOut] = []
 
-    def run(self) -> None:
-        """Expand the glob from its root."""
-        try:
-            self.root_path = self.place.root_path.resolve(strict=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except (OSError, RuntimeError) as exc:
-            self._leave_out(self.place.root_path, f"cannot be reached: {exc}")
-            return
-        self._level(self.root_path, 0)
-
-    def _level(self, folder: Path, depth: int) -> None:
-        """Match the entries of `folder` against the pattern of its level."""
-        last = depth == len(self.place.parts) - 1
-        for entry in self._entries(folder, self.place.parts[depth]):
-            path = self._inside(entry)
-            if path is None:
-                continue
-            try:
-                mode = path.stat().st_mode
-            except OSError:
-                continue  # gone again
-            if not last:
-                if stat.S_ISDIR(mode):
-                    self._level(path, depth + 1)
-            elif stat.S_ISREG(mode) if self.place.wants_files else stat.S_ISDIR(mode):
-                self.candidates[path] = Candidate(path=path, root_path=self.root_path)
-
-    def _entries(self, folder: Path, pattern: str) -> Iterator[os.DirEntry[str]]:
-        try:
-            with os.scandir(folder) as found:
-                status = folder.stat()
-                self.folders.append(Folder(path=folder, dev=status.st_dev, ino=status.st_ino))
-                entries = list(found)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as exc:
-            self._leave_out(folder, f"cannot be listed: {exc.strerror}")
-            return
-        for entry in entries:
-            if not entry.name.startswith(".") and fnmatch.fnmatchcase(entry.name, pattern):
-                yield entry
-
-    def _inside(self, entry: os.DirEntry[str]) -> Path | None:
-        """Return where `entry` really is, or None where it must not be followed."""
-        path = Path(entry.path)
-        try:
-            entry.name.encode("utf-8")
-        except UnicodeEncodeError:
-            self._leave_out(path, "its name is not UTF-8 text")
-            return None
-        if not entry.is_symlink():
-            return path
-        try:
-            target = path.resolve(strict=True)
-        except (OSError, RuntimeError):
-            return None  # dangling, or a loop
-        below = (
-            target.relative_to(self.root_path) if target.is_relative_to(self.root_path) else None
-        )
-        if below is None or any(part.startswith(".") for part in below.parts):
-            self._leave_out(path, "a link that leaves the watched root")
-            return None
-        return target
-
-    def _leave_out(self, path: Path, reason: str) -> None:
-        self.left_out.append(LeftOut(path=path, reason=reason))
+def _is_wanted(entry: os.DirEntry[str], *, files: bool) -> bool:
+    try:
+        if files:
+            return entry.is_file(follow_symlinks=False)
+        return entry.is_dir(follow_symlinks=False)
+    except OSError:
+        return False  # gone again

@@ -5,18 +5,22 @@
       └──────────┼─┴─────────┘ └─> VANISHED when it is gone, from every state
                  └── whenever the fingerprint changes, also after it was settled
 
-The machine knows fingerprints and a clock that only goes forward; it reads no file. A resumed run
-that writes into a folder that was settled re-arms it: the folder settles a second time. A folder
-that was gone and is there again begins anew.
+The machine knows fingerprints and a clock that only goes forward; it reads no file, and no time of
+day and no time stamp is ever compared with another but for being equal. A resumed run that writes
+into a folder that was settled re-arms it: the folder settles a second time. A folder that was gone
+and is there again begins anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 from dataclasses import dataclass
 
-from ckptd.checkpoint.listing import Fingerprint
+from ckptd.checkpoint.listing import Listing
+
+_DIGEST_BYTES = 16
 
 
 class State(enum.Enum):
@@ -44,6 +48,39 @@ class Change(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What must stand still while nobody writes; of one size, however many files there are."""
+
+    content: bytes
+    """Digest of every file's name, inode, size and modification time."""
+    changes: bytes
+    """Digest of every file's change time: it also moves where a writer puts the others back."""
+    num_links: int
+    """Hard links of all files together. Where they move along with `changes` somebody has linked
+    files, the pin of this very checkpoint above all, and has not written them."""
+
+    def is_quiet_since(self, before: Fingerprint) -> bool:
+        """Whether nothing was written between `before` and this."""
+        return self.content == before.content and (
+            self.changes == before.changes or self.num_links != before.num_links
+        )
+
+
+def fingerprint_of(listing: Listing) -> Fingerprint:
+    """Return the fingerprint of what was listed."""
+    changes = [file.ctime_ns for file in listing.files]
+    return Fingerprint(
+        content=_digest(listing.fingerprint),
+        changes=_digest(changes),
+        num_links=sum(file.num_links for file in listing.files),
+    )
+
+
+def _digest(value: object) -> bytes:
+    return hashlib.blake2b(repr(value).encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Track:
     """One candidate as of the last observation."""
 
@@ -67,11 +104,12 @@ def observe(
     if track is None:
         track = Track(state=State.SEEN, fingerprint=fingerprint, quiet_since=now)
         changes = (Change.SEEN,)
-    elif track.fingerprint != fingerprint:
+    elif not fingerprint.is_quiet_since(track.fingerprint):
         track = Track(state=State.SETTLING, fingerprint=fingerprint, quiet_since=now)
         changes = (Change.CHANGED,)
-    elif track.state is State.SEEN:
-        track = dataclasses.replace(track, state=State.SETTLING)
+    else:
+        state = State.SETTLING if track.state is State.SEEN else track.state
+        track = dataclasses.replace(track, state=state, fingerprint=fingerprint)
     if track.state is not State.SETTLED and now - track.quiet_since >= quiet_s:
         return dataclasses.replace(track, state=State.SETTLED), (*changes, Change.SETTLED)
     return track, changes

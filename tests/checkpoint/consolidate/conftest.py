@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Mapping
@@ -40,7 +41,9 @@ def value(tensor: Tensor) -> torch.Tensor:
         part = whole
         for axis, (at, length) in enumerate(zip(box.at, box.shape, strict=True)):
             part = part.narrow(axis, at, length)
-        part.copy_(_read(box.extent, dtype, box.shape))
+        shape = (box.shape[0] * box.step, *box.shape[1:]) if box.step > 1 else box.shape
+        rows = _read(box.extent, dtype, shape)
+        part.copy_(rows[box.first :: box.step] if box.step > 1 else rows)
     return whole.reshape(tensor.spec.shape)
 
 
@@ -85,12 +88,21 @@ def _read(extent: Extent, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.T
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
+def _in_order(path: Path) -> None:
+    """Give the files the times of a save: the trainers' last files a second after all others."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            moment = 1_700_000_000 + (file.name in {".metadata", "latest", "trainer_state.json"})
+            os.utime(file, (moment, moment))
+
+
 @pytest.fixture(scope="session")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real checkpoints, in a folder that no test writes to."""
     path = tmp_path_factory.mktemp("trainers")
     with tarfile.open(DATA / "trainers.tar.xz") as archive:
         archive.extractall(path, filter="data")
+    _in_order(path)
     return path
 
 

@@ -37,6 +37,7 @@ def test_partitions_become_the_parameters(
 ) -> None:
     """Any number of ranks, more than some tensors have elements; only copies are planned."""
     zero_files.write(run_path / "global_step7", groups, stage=stage, num_ranks=num_ranks)
+    (run_path / "latest").write_text("global_step7")
     for path in (run_path, run_path / "global_step7"):
         source = open_checkpoint(path)
         assert same(values(source), groups[0] | groups[1])

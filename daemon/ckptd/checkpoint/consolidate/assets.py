@@ -1,8 +1,8 @@
 """Where the files lie that a trainer keeps apart from its shards: config.json, tokenizer, base.
 
 Looked into, in this order: folders of the checkpoint that the family names, the `assets` that a
-person named, and the run's folder above the checkpoint. From the last only files of known names are
-taken, for it may hold anything.
+person named, and the run's folder above the checkpoint (RUN/checkpoint-1, RUN/checkpoints/1). From
+the last only files of known names are taken, for it may hold anything.
 """
 
 from __future__ import annotations
@@ -28,25 +28,33 @@ BESIDE = (
     "processor_config.json",
 )
 """What of a model may lie in the run's folder, beside the checkpoints."""
+_HOLDERS = frozenset({"checkpoints", "checkpoint", "ckpts", "ckpt"})
+"""What a folder within a run is called that holds nothing but its checkpoints."""
+RUN_NAME = ".ckptd-run"
+"""The folder in a pin that has such files of the run's folder as they were when it was made."""
 
 
-def find(
-    name: str, path: Path, listing: Listing, *, inner: Sequence[str], assets: Path | None, run: Path
-) -> Path | None:
-    """Return the file `name` of the first place that has it; `run` is the run's folder."""
-    for place in ("", *(f"{folder}/" for folder in inner)):
-        if place + name in listing.by_name:
-            return path / place / name
-    if assets is not None and (assets / name).is_file():
-        return assets / name
-    return run / name if _is_plain(run / name) else None
+def run_folder(path: Path, run: Path) -> Path:
+    """Return the run's folder of the checkpoint at `path`: a pin's own copy of it, else `run`."""
+    return path / RUN_NAME if (path / RUN_NAME).is_dir() else run
 
 
 def beside(path: Path, listing: Listing, *, inner: Sequence[str], run: Path) -> tuple[Path, ...]:
     """Return the model's files in folders of the checkpoint and in the run's folder."""
     names = [f"{folder}/{name}" for folder in inner for name in BESIDE]
     own = [path / name for name in names if name in listing.by_name]
-    return (*own, *(run / name for name in BESIDE if _is_plain(run / name)))
+    return (*own, *in_run(run))
+
+
+def in_run(run: Path) -> tuple[Path, ...]:
+    """Return the model's files in the run's folder, or above it where it only holds checkpoints."""
+    return tuple(path for name in BESIDE if (path := of_run(run, name)) is not None)
+
+
+def of_run(run: Path, name: str) -> Path | None:
+    """Return the file `name` of the run; None where it has none, or only a link."""
+    places = (run, run.parent) if run.name in _HOLDERS else (run,)
+    return next((place / name for place in places if is_plain(place / name)), None)
 
 
 def base_names(places: Iterable[Path]) -> Collection[str]:
@@ -64,6 +72,6 @@ def base_names(places: Iterable[Path]) -> Collection[str]:
     return frozenset()
 
 
-def _is_plain(path: Path) -> bool:
+def is_plain(path: Path) -> bool:
     """Whether a regular file is there, and no link, which could lead anywhere."""
     return path.is_file() and not path.is_symlink()

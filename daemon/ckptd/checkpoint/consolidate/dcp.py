@@ -28,8 +28,16 @@ from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsu
 METADATA_NAME = ".metadata"
 MAX_METADATA_BYTES = 128 << 20
 """Half a million chunks: more is refused before it is parsed."""
-_FOLDERS = ("", "pytorch_model_fsdp_0/", "trainer/", "model/", "checkpoint/", "weights/")
+_FOLDERS = (
+    "", "pytorch_model_fsdp_0/", "trainer/", "model/", "checkpoint/", "weights/", "policy/weights/",
+    "policy/weights/model/",
+)  # fmt: skip
 """Where below a checkpoint the model's `.metadata` may be."""
+_ASSETS = (
+    "huggingface", "model/.hf_metadata", "model/.hf_metadata/tokenizer", ".hf_metadata",
+    "policy/weights/model/.hf_metadata", "policy/tokenizer",
+)  # fmt: skip
+"""Where below a checkpoint config and tokenizer may be."""
 _STATE = re.compile(
     r"^(optim|optimizers?|optimizer_states?|optim_states?|lr_schedulers?|schedulers?|dataloader|"
     r"data_loader|train_state|trainer_state|progress|rng|rng_states?|random_states?|extra_state|"
@@ -128,14 +136,14 @@ class _Reading:
         tensors = {
             name: self._tensor(name, fqn, entry, places) for name, (fqn, entry) in entries.items()
         }
-        return Gathered(tensors=tensors, stamps=self.stamps, assets=("huggingface",))
+        return Gathered(tensors=tensors, stamps=self.stamps, assets=_ASSETS)
 
     def _metadata(self) -> Mapping[str, Any]:
         with self.metadata_path.open("rb") as file:
             stamp = FileStamp.of(os.fstat(file.fileno()))
             if stamp.nbytes > MAX_METADATA_BYTES:
                 raise self._corrupt("the metadata is too large", found=f"{stamp.nbytes} bytes")
-            raw = file.read(MAX_METADATA_BYTES)
+            raw = file.read(stamp.nbytes)
         self.stamps[self.metadata_path] = stamp
         metadata = inert.fields(inert.loads(raw, path=self.metadata_path))
         for key in ("state_dict_metadata", "storage_data"):

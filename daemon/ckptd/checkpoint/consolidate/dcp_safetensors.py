@@ -23,10 +23,15 @@ from ckptd.checkpoint.pieces import Box, Tensor
 from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
 
 _SHARD = re.compile(
-    r"^(?P<folder>(?:(?:model|sharded|model/sharded)/)?)"
+    r"^(?P<folder>(?:(?:model|sharded|model/sharded|policy/weights/model)/)?)"
     r"shard-(?P<rank>\d{5})-model-(?P<part>\d{5})-of-(?P<parts>\d{5})\.safetensors$"
 )
 _INFO = "DCP_SHARDING_INFO"
+_ASSETS = (
+    "model/.hf_metadata", "model/.hf_metadata/tokenizer", ".hf_metadata", "huggingface",
+    "policy/weights/model/.hf_metadata", "policy/tokenizer",
+)  # fmt: skip
+"""Where config and tokenizer are: NeMo Automodel's places, and that of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ class DcpSafetensors:
                     )
                 parts.setdefault(tensor.spec.name, []).append((at, tensor))
         tensors = {name: _assembled(name, found) for name, found in parts.items()}
-        return Gathered(tensors=tensors, stamps=stamps)
+        return Gathered(tensors=tensors, stamps=stamps, assets=_ASSETS)
 
 
 def _whole_set(path: Path, listing: Listing) -> list[str]:

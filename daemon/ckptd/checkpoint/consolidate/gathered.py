@@ -18,7 +18,8 @@ class Gathered:
 
     `stamps` covers exactly the files read. `masters` names the float32 copies that an optimizer
     keeps of weights of fewer bits. `assets` are folders below the checkpoint that hold config.json
-    and the tokenizer; `step` is the training step where files say it.
+    and the tokenizer; `step` is the training step where files say it. `has_own_names` says that
+    the names are transformers' own, unless a wrapper has left its mark on them.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,6 +29,7 @@ class Gathered:
     assets: tuple[str, ...] = ()
     step: int | None = None
     metadata: tuple[Mapping[str, str], ...] = field(default=())
+    has_own_names: bool = False
 
 
 class Family(Protocol):

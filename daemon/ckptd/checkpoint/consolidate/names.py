@@ -24,6 +24,8 @@ _CONTAINERS = (
     "_fsdp.", "policy.", "actor.",
 )  # fmt: skip
 """First parts that are never a model's own."""
+_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer|modules_to_save)\.")
+_PEFT = "base_model.model."
 _MODEL = "model."
 _HEADS = frozenset({"lm_head", "score", "classifier", "qa_outputs", "cls", "embed_out", "output"})
 """What stands beside the backbone in a model with a head."""
@@ -56,8 +58,8 @@ def resolve(
         CheckpointUnsupported: which first parts are the model's own is not clear.
         CheckpointCorrupt: two tensors would get one name.
     """
-    plain = {name: _WRAPPERS.sub("", name) for name in names}
-    steps = list(_steps(plain.values()))
+    plain = {name: unwrapped(name) for name in names}
+    steps = list(prefixes(plain.values()))
     if base:
         prefix = _of_base(plain.values(), steps, base, path)
     else:
@@ -102,7 +104,39 @@ def without_aliases(
     return found, tuple(f"{name} is {kept} under another name" for name, kept in gone.items())
 
 
-def _steps(names: Iterable[str]) -> Iterable[str]:
+def unwrapped(name: str) -> str:
+    """Return a name without the parts that wrappers of a module have put into it."""
+    return _WRAPPERS.sub("", name)
+
+
+def are_wrapped(names: Collection[str]) -> bool:
+    """Return whether wrappers have left their marks on names that are a model's own otherwise."""
+    if any(_WRAPPERS.search(name) for name in names):
+        return True
+    return any(all(name.startswith(one) for name in names) for one in _CONTAINERS if names)
+
+
+def require_no_adapter(names: Iterable[str], path: Path) -> None:
+    """Refuse PEFT's own state dict of a model with an adapter, or that of an adapter alone.
+
+    A few models have such layers of their own; PEFT's names begin with its own module's.
+
+    Raises:
+        CheckpointUnsupported: names the tensor, and how to save the adapter or the merged model.
+    """
+    held = list(names)
+    marked = [name for name in held if _ADAPTER.search(name)]
+    found = next((name for name in marked if _PEFT in name or len(marked) == len(held)), None)
+    if found is not None:
+        raise CheckpointUnsupported(
+            "an adapter's tensors in a state dict, without adapter_config.json",
+            path=path,
+            tensor=found,
+            hint="save the adapter with PEFT's save_pretrained, or merge_and_unload before saving",
+        )
+
+
+def prefixes(names: Iterable[str]) -> Iterable[str]:
     """Yield the prefixes that all names share and that may be a container's, shortest first."""
     held = list(names)
     prefix = ""

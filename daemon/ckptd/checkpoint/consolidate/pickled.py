@@ -81,12 +81,7 @@ class Pickled:
                 found=", ".join(found[:6]),
                 hint="name one of these files instead of the folder",
             )
-        file = torch_file.read(path / found[0])
-        state, step = _state_dict(file)
-        tensors, notes = _tensors(file, state)
-        return Gathered(
-            tensors=tensors, stamps={file.path: file.stamp}, notes=tuple(notes), step=step
-        )
+        return of_file(path / found[0])
 
     def _candidates(self, listing: Listing) -> list[str]:
         names = listing.by_name
@@ -99,6 +94,19 @@ class Pickled:
 
 PICKLED = Pickled("pickled", (".bin", ".pt", ".pth"))
 LIGHTNING = Pickled("lightning", (".ckpt",))
+
+
+def of_file(path: Path) -> Gathered:
+    """Return the tensors of the state dict in the file at `path`.
+
+    Raises:
+        CheckpointUnsupported: it holds none, or what is no plain tensor.
+        CheckpointCorrupt: it is cut short, or no file of `torch.save`.
+    """
+    file = torch_file.read(path)
+    state, step = _state_dict(file)
+    tensors, notes = _tensors(file, state)
+    return Gathered(tensors=tensors, stamps={file.path: file.stamp}, notes=tuple(notes), step=step)
 
 
 def _may_hold(relpath: str) -> bool:

@@ -24,7 +24,7 @@ from ckptd.checkpoint.torch_file import TorchFile
 from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
 
 _VERL = re.compile(
-    r"^(?P<folder>(?:actor/)?)model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt$"
+    r"^(?P<folder>(?:(?:actor|policy)/)?)model_world_size_(?P<world>\d+)_rank_(?P<rank>\d+)\.pt$"
 )
 _ACCELERATE = re.compile(
     r"^(?P<folder>)pytorch_model_fsdp(?:_\d+)?_rank(?P<rank>\d+)(?P<world>)\.bin$"

@@ -65,3 +65,34 @@ ZERO_UNIVERSAL = Refused(
     "a DeepSpeed universal checkpoint",
     "point ckptd at the checkpoint it was made from",
 )
+SEVERAL_MODELS = Refused(
+    "accelerate-models",
+    (re.compile(r"^model_1\.safetensors$"), re.compile(r"^model\.safetensors$")),
+    "a state of accelerate with several models",
+    "name the file of one of them, with the folder of its config: FOLDER/model_1.safetensors "
+    "--assets MODEL",
+)
+SEVERAL_FSDP = Refused(
+    "accelerate-fsdp-models",
+    (re.compile(r"^pytorch_model_fsdp_1/"), re.compile(r"^pytorch_model_fsdp_0/")),
+    "a state of accelerate with several models under FSDP",
+    "point at the folder of one of them, pytorch_model_fsdp_0 say, with --assets MODEL",
+)
+MODEL_PARALLEL = Refused(
+    "meta-parallel",
+    (re.compile(r"^consolidated\.01\.pth$"),),
+    "Meta's model-parallel parts: each file has some columns or rows of every matrix",
+    "convert it with transformers' convert_llama_weights_to_hf.py",
+)
+TUNE_PARTS = Refused(
+    "torchtune-parts",
+    (re.compile(r"^hf_model_0001_\d+\.pt$"), re.compile(r"^hf_model_0002_\d+\.pt$")),
+    "files of torchtune before 0.4, several of which are one model, without an index",
+    "train with a newer torchtune, or save the model as safetensors",
+)
+OLMO_CORE = Refused(
+    "olmo-core",
+    (re.compile(r"^model_and_optim/\.metadata$"),),
+    "a checkpoint of OLMo-core: its tensors have names and fused layouts of their own",
+    "convert it with OLMo-core's convert_checkpoint_to_hf.py and point ckptd at the result",
+)

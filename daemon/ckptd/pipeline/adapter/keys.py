@@ -24,6 +24,12 @@ _TOKENS = re.compile(
 _SAVED = re.compile(
     r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.)?(?P<leaf>weight|bias)"
 )
+_OTHER = re.compile(
+    r"(?P<module>.+?)\."
+    r"(?P<kind>lora_E|ia3_l|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|vera_lambda_[bd]"
+    r"|oft_R)(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
+)
+_SHARED = re.compile(r"(?:base_model\.)?(?P<kind>vera_[AB])(?:\.(?P<adapter>[^.]+))?")
 _ORIGINAL = re.compile(r".+\.original_module\..+")
 _KINDS = {"lora_A": "down", "lora_B": "up", "lora_embedding_A": "down", "lora_embedding_B": "up"}
 
@@ -43,12 +49,14 @@ class Factors:
 class Keys:
     """An adapter's tensors by what they are for.
 
-    `factors` by module, `tokens` by embedding, `values` by the tensor of the model that they
+    `factors` by module, `others` the parts of methods besides LoRA, by module and kind (those that
+    all modules share stand under the module ""), `tokens` by embedding, `values` by the tensor of the model that they
     replace. `saved` are those of `values` that were trained, as their names say themselves.
     `originals` are copies of the base's own weights, which nobody needs.
     """
 
     factors: dict[str, Factors] = field(default_factory=dict)
+    others: dict[str, dict[str, str]] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     values: dict[str, str] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
@@ -66,6 +74,11 @@ def parse(names: Iterable[str]) -> Keys:
             keys.originals.append(name)
         elif match := _PART.fullmatch(key):
             _take_part(keys, match, name)
+        elif match := _OTHER.fullmatch(key):
+            _note_adapter(keys, match)
+            _put(keys, keys.others.setdefault(match["module"], {}), match["kind"], name)
+        elif match := _SHARED.fullmatch(key):
+            _put(keys, keys.others.setdefault("", {}), match["kind"], name)
         elif match := _TOKENS.fullmatch(key):
             _note_adapter(keys, match)
             _put(keys, keys.tokens, match["module"], name)

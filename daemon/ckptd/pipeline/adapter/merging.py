@@ -10,16 +10,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from ckptd.checkpoint.dtypes import Dtype
-from ckptd.pipeline.adapter import places
+from ckptd.pipeline.adapter import experts, fused, heads, methods
+from ckptd.pipeline.adapter.expressions import reshaped
 from ckptd.pipeline.adapter.keys import Factors, Keys
+from ckptd.pipeline.adapter.places import Places
 from ckptd.pipeline.adapter.settings import Settings
 from ckptd.plan import expression
-from ckptd.plan.nodes import Columns, Concat, Expression, Load, LowRank
+from ckptd.plan.nodes import Columns, Expression, LowRank
 from ckptd.quant.formats import conv1d
 
 _WRAPPED = ".base_layer"
@@ -33,6 +35,8 @@ class Merge:
     before they are rounded (a quantized base in float32). `twins` names tensors that are not in
     the base, for they are tied, and the one whose content they have. `made` gathers the result,
     `trained` the tensors whose module was adapted or trained, `rows` those where single rows were.
+    `heads` are those that the base has not at all, `cut` stretches of rows of a tensor that modules
+    in memory have apart, while they gather.
     """
 
     settings: Settings
@@ -41,11 +45,15 @@ class Merge:
     base: Mapping[str, Expression]
     exact: Mapping[str, Expression]
     twins: Mapping[str, str]
+    places: Places
     made: dict[str, Expression] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)
     rows: set[str] = field(default_factory=set)
     replaced: set[str] = field(default_factory=set)
     taken: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, Expression] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cut: dict[str, list[tuple[int, int, Expression]]] = field(default_factory=dict)
 
     def run(self, keys: Keys) -> None:
         """Put everything in.
@@ -54,12 +62,16 @@ class Merge:
             StageRefused: a tensor of the adapter has no place, or does not fit there.
         """
         self._check(keys)
+        self.others = keys.others
+        self.places.exchange(*_wanted(keys, self))
         for target, name in keys.values.items():
             self._replace(target, name, trained=target in keys.saved)
         for module, factors in keys.factors.items():
             self._add(module, factors)
+        methods.apply(self, keys.others)
         for module, name in keys.tokens.items():
             self._put_rows(module, name)
+        fused.join(self)
 
     def _check(self, keys: Keys) -> None:
         refuse = self.settings.refuse
@@ -71,12 +83,24 @@ class Merge:
                 found=", ".join(sorted(keys.adapters)),
                 hint="save each one alone (save_pretrained with selected_adapters)",
             )
-        if not (keys.factors or keys.values or keys.tokens):
+        if not (keys.factors or keys.others or keys.values or keys.tokens):
             refuse("holds nothing to merge")
+        foreign = methods.foreign(keys, self.settings.method)
+        if foreign is not None:
+            refuse(
+                "is of another method than adapter_config.json names",
+                tensor=foreign,
+                found=self.settings.method,
+                hint="the two files are of different adapters",
+            )
 
-    def _place(self, name: str, tensor: str) -> str:
-        """Return the name in the base, or of a tied twin, of what the adapter calls `name`."""
-        found = places.find(name, self.base.keys() | self.twins.keys())
+    def place(self, name: str, tensor: str) -> str:
+        """Return the name in the base, or of a tied twin, of what the adapter calls `name`.
+
+        Raises:
+            StageRefused: there is none.
+        """
+        found = self.places.find(name)
         if found is None:
             self.settings.refuse(
                 "finds no place in the base model",
@@ -87,7 +111,12 @@ class Merge:
             )
         return found
 
-    def _claim(self, place: str, tensor: str) -> None:
+    def claim(self, place: str, tensor: str) -> None:
+        """Note that `tensor` goes to `place`.
+
+        Raises:
+            StageRefused: another one went there already.
+        """
         if place in self.taken:
             self.settings.refuse(
                 "goes to the same place as another tensor of the adapter",
@@ -97,13 +126,18 @@ class Merge:
             )
         self.taken[place] = tensor
 
-    def _now(self, place: str, *, exact: bool = False) -> Expression:
+    def now(self, place: str, *, exact: bool = False) -> Expression:
         """Return what stands at `place` so far; `exact` before any rounding."""
         if place in self.made:
             return self.made[place]
         return (self.exact if exact else self.base)[self.twins.get(place, place)]
 
-    def _dtype(self, place: str) -> Dtype:
+    def dtype(self, place: str) -> Dtype:
+        """Return the dtype of what is published at `place`.
+
+        Raises:
+            StageRefused: it is none that numbers are added in.
+        """
         dtype = self.base[self.twins.get(place, place)].dtype
         if not dtype.is_plain_float:
             self.settings.refuse(
@@ -113,13 +147,17 @@ class Merge:
 
     def _replace(self, target: str, name: str, *, trained: bool) -> None:
         """Take a whole tensor of the adapter: trained beside it, or of a resized vocabulary."""
-        place = self._place(target, name)
-        self._claim(place, name)
-        value, old = self.adapter[name], self._now(place)
+        value = self.adapter[name]
+        if heads.is_new(self.settings, target) and self.places.find(target) is None:
+            self.heads[target] = expression.cast(value, heads.dtype_of(self.base).dtype)
+            return
+        place = self.place(target, name)
+        self.claim(place, name)
+        old = self.now(place)
         if value.shape != old.shape:
             same_width = len(value.shape) == len(old.shape) and value.shape[1:] == old.shape[1:]
             if not same_width:
-                self._misfit(name, old.shape, value.shape)
+                self.misfit(name, old.shape, value.shape)
         self.made[place] = expression.cast(value, old.dtype)
         module = target.rpartition(".")[0]
         listed = any(module == m or module.endswith(f".{m}") for m in self.settings.modules_to_save)
@@ -128,47 +166,70 @@ class Merge:
 
     def _add(self, module: str, factors: Factors) -> None:
         """Add the product of a module's two matrices to its weight."""
+        if self.settings.method == "ADALORA" and self._is_pruned(factors):
+            return
         down, up = self._pair(module, factors)
         stem = module.removesuffix(_WRAPPED)
         plain = module if not module.endswith(_WRAPPED) else ""
-        place = plain and places.find(f"{plain}.weight", self.base.keys() | self.twins.keys())
+        place = plain and self.places.find(f"{plain}.weight")
+        if plain and not place and (pieces := self.places.pieces(f"{plain}.weight")):
+            fused.add(self, plain, pieces, factors, down, up)
+            return
         if not place:
             while stem.endswith(_WRAPPED):
                 stem = stem.removesuffix(_WRAPPED)
-            self._add_to_parameter(stem, factors, down, up)
+            experts.add(self, stem, factors, down, up)
             return
-        self._claim(f"{place} (lora)", factors.down or "")
-        rank = down.shape[0]
-        scale = self.settings.scale(module, rank)
-        value = self._now(place, exact=True)
-        magnitude = None
-        if factors.magnitude is not None:
-            stored = self.adapter[factors.magnitude]
-            magnitude = _reshaped(stored, (expression.numel(stored),))
-        elif self.settings.dora:
-            self.settings.refuse(
-                "has no lora_magnitude_vector, as use_dora asks for", tensor=module
-            )
+        scale = self.settings.scale(module, down.shape[0])
+        self.add_product(module, factors, down, up, scale)
+
+    def add_product(
+        self, module: str, factors: Factors, down: Expression, up: Expression, scale: float
+    ) -> None:
+        """Add a product of two matrices to a module's weight.
+
+        Raises:
+            StageRefused: they do not fit.
+        """
+        place = self.place(f"{module}.weight", factors.down or "")
+        self.claim(f"{place} (lora)", factors.up or "")
+        value = self.now(place, exact=True)
+        magnitude = self.magnitude(module, factors)
         turned = self._is_turned(module, factors, value, down, up)
         self.made[place] = self._sum(
-            value, down, up, scale, self._dtype(place), turned, magnitude, factors
+            value, down, up, scale, self.dtype(place), turned, magnitude, factors
         )
         self.trained.add(place)
         if factors.bias is not None:
             self._add_bias(module, factors, scale)
 
+    def magnitude(self, module: str, factors: Factors) -> Expression | None:
+        """Return the lengths of a module's rows after training, of `(rows,)`; None without DoRA."""
+        if factors.magnitude is not None:
+            stored = self.adapter[factors.magnitude]
+            return reshaped(stored, (expression.numel(stored),))
+        if self.settings.dora:
+            self.settings.refuse(
+                "has no lora_magnitude_vector, as use_dora asks for", tensor=module
+            )
+        return None
+
     def _add_bias(self, module: str, factors: Factors, scale: float) -> None:
         assert factors.bias is not None
-        place = places.find(f"{module}.bias", self.base.keys())
+        place = self.places.find(f"{module}.bias")
         bias = self.adapter[factors.bias]
         if place is None:
             self.settings.refuse(
                 "the base has no bias that it could be added to", tensor=factors.bias
             )
-        old = self._now(place, exact=True)
+        old = self.now(place, exact=True)
         if old.shape != bias.shape:
-            self._misfit(factors.bias, old.shape, bias.shape)
-        self.made[place] = LowRank(old, None, bias, scale, self._dtype(place))
+            self.misfit(factors.bias, old.shape, bias.shape)
+        self.made[place] = LowRank(old, None, bias, scale, self.dtype(place))
+
+    def _is_pruned(self, factors: Factors) -> bool:
+        """Whether AdaLoRA has left a module no rank at all."""
+        return factors.down is not None and self.adapter[factors.down].shape[0] == 0
 
     def _pair(self, module: str, factors: Factors) -> tuple[Expression, Expression]:
         if factors.down is None or factors.up is None:
@@ -187,6 +248,8 @@ class Merge:
                     found=str(value.shape),
                     hint="save with ZeRO-3's GatheredParameters, or FSDP's summon_full_params",
                 )
+        if self.settings.method == "ADALORA":
+            down = methods.singular_values(self, module, down)
         return down, up
 
     def _is_turned(
@@ -199,7 +262,7 @@ class Merge:
         if factors.embedding:
             straight = False
         if math.prod(up.shape[1:]) != down.shape[0] or not (straight or across):
-            self._misfit(factors.down or "", value.shape, (outputs, *down.shape[1:]))
+            self.misfit(factors.down or "", value.shape, (outputs, *down.shape[1:]))
         if straight and across:
             return self.settings.turned or conv1d.is_conv1d(self.config, module)
         return across
@@ -216,8 +279,8 @@ class Merge:
         factors: Factors,
     ) -> Expression:
         rank = down.shape[0]
-        down = _reshaped(down, (rank, math.prod(down.shape[1:])))
-        up = _reshaped(up, (up.shape[0], rank))
+        down = reshaped(down, (rank, math.prod(down.shape[1:])))
+        up = reshaped(up, (up.shape[0], rank))
         of_columns = turned
         if len(value.shape) == 2 and value.shape[0] == 1:
             turned = not turned  # one row is a column: its rows, too, are the longer axis
@@ -230,7 +293,7 @@ class Merge:
         if magnitude is not None:
             length = down.shape[1] if of_columns else up.shape[0]
             if magnitude.shape != (length,):
-                self._misfit(factors.magnitude or "", (length,), magnitude.shape)
+                self.misfit(factors.magnitude or "", (length,), magnitude.shape)
         if len(value.shape) > 2 and value.shape[0] == 1:
             self.settings.refuse(
                 "a convolution with one output channel is not merged", tensor=factors.down
@@ -240,100 +303,10 @@ class Merge:
             made = dataclasses.replace(made, whole=dataclasses.replace(made, magnitude=None))
         return made
 
-    def _add_to_parameter(
-        self, module: str, factors: Factors, down: Expression, up: Expression
-    ) -> None:
-        """Add to the experts that are one parameter of `module` in memory (target_parameters)."""
-        fits: list[tuple[str, tuple[int, bool]]] = []
-        for listed in self.settings.target_parameters:
-            parameter = listed.rpartition(".")[2]
-            owner = listed.rpartition(".")[0]
-            if owner and not (module == owner or module.endswith(f".{owner}")):
-                continue
-            name = f"{module}.{parameter}"
-            if any(name == one for one, _ in fits):
-                continue
-            way = self._expert_way(name, down, up)
-            if way is not None and f"{name} (lora)" not in self.taken:
-                fits.append((name, way))
-        if len(fits) != 1:
-            what = (
-                "may belong to several parameters" if fits else "finds no place in the base model"
-            )
-            self.settings.refuse(
-                what,
-                tensor=factors.down,
-                expected=", ".join(name for name, _ in fits) or f"{module}.weight",
-                hint="is it the right base? name another with `base:`",
-            )
-        name, (count, turned) = fits[0]
-        self._claim(f"{name} (lora)", factors.down or "")
-        rank = down.shape[0] // count
-        scale = self.settings.scale(name, rank)
-        self._add_to_experts(name, down, up, count, scale, turned=turned)
-
-    def _expert_way(self, name: str, down: Expression, up: Expression) -> tuple[int, bool] | None:
-        """Return number and orientation of the experts of a parameter, if the matrices fit it."""
-        place = places.find(name, self.base)
-        outputs, inputs = up.shape[0], down.shape[1]
-        if place is not None:
-            shape = self.base[place].shape
-            if len(shape) == 2:
-                shape = (1, *shape)
-            ways = [
-                turned
-                for turned, wanted in ((False, (outputs, inputs)), (True, (inputs, outputs)))
-                if shape[1:] == wanted
-            ]
-            count = shape[0]
-            if len(ways) != 1 or down.shape[0] % count or up.shape[1] != down.shape[0]:
-                return None
-            return count, ways[0]
-        listed = places.experts(name, self.base)
-        if not listed or down.shape[0] % len(listed) or up.shape[1] != down.shape[0]:
-            return None
-        rows = sum(self.base[part].shape[0] for part in listed[0])
-        if rows != outputs or any(self.base[part].shape[1:] != (inputs,) for part in listed[0]):
-            return None
-        return len(listed), False
-
-    def _add_to_experts(
-        self, name: str, down: Expression, up: Expression, count: int, scale: float, *, turned: bool
-    ) -> None:
-        """Add each expert's product; the rank of `up` runs slower than its experts."""
-        rank = down.shape[0] // count
-        place = places.find(name, self.base)
-        parts: list[Expression] = []
-        for expert in range(count):
-            mine = expression.rows(down, expert * rank, (expert + 1) * rank)
-            if place is None:
-                start = 0
-                for part in places.experts(name, self.base)[expert]:
-                    value = self._now(part, exact=True)
-                    stop = start + value.shape[0]
-                    rows = Columns(expression.rows(up, start, stop), rank, expert, count)
-                    self.made[part] = LowRank(value, mine, rows, scale, self._dtype(part))
-                    self.trained.add(part)
-                    start = stop
-                continue
-            value = self._now(place, exact=True)
-            if len(value.shape) == 3:
-                value = expression.rows(value, expert, expert + 1)
-            factors: tuple[Expression, Expression] = (mine, Columns(up, rank, expert, count))
-            if turned:
-                factors = (
-                    Columns(up, rank, expert, count, turned=True),
-                    Columns(mine, mine.shape[1], turned=True),
-                )
-            parts.append(LowRank(value, *factors, scale, self._dtype(place)))
-        if place is not None:
-            self.made[place] = parts[0] if count == 1 else Concat(tuple(parts), 0)
-            self.trained.add(place)
-
     def _put_rows(self, module: str, name: str) -> None:
         """Put the trained rows of single tokens in the place of the base's."""
-        place = self._place(f"{module.removesuffix('.token_adapter')}.weight", name)
-        indices, value, rows = self.settings.indices(module), self._now(place), self.adapter[name]
+        place = self.place(f"{module.removesuffix('.token_adapter')}.weight", name)
+        indices, value, rows = self.settings.indices(module), self.now(place), self.adapter[name]
         if indices is None or len(indices) != rows.shape[0] or len({*indices}) != len(indices):
             self.settings.refuse(
                 "does not go with the token indices of adapter_config.json",
@@ -342,9 +315,9 @@ class Merge:
                 found="none" if indices is None else f"{len(indices)}",
             )
         if rows.shape[1:] != value.shape[1:] or not all(0 <= i < value.shape[0] for i in indices):
-            self._misfit(name, value.shape, rows.shape)
-        self._claim(f"{place} (rows)", name)
-        new = expression.cast(rows, self._dtype(place))
+            self.misfit(name, value.shape, rows.shape)
+        self.claim(f"{place} (rows)", name)
+        new = expression.cast(rows, self.dtype(place))
         order = sorted(range(len(indices)), key=lambda at: indices[at])
         parts: list[Expression] = []
         edges = [-1, *(indices[at] for at in order), value.shape[0]]
@@ -356,7 +329,12 @@ class Merge:
         self.made[place] = expression.concat(parts)
         self.rows.add(place)
 
-    def _misfit(self, tensor: str, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
+    def misfit(self, tensor: str, expected: tuple[int, ...], found: tuple[int, ...]) -> NoReturn:
+        """Refuse a tensor of another shape than its place.
+
+        Raises:
+            StageRefused: always.
+        """
         self.settings.refuse(
             "does not fit the base",
             tensor=tensor,
@@ -366,9 +344,26 @@ class Merge:
         )
 
 
-def _reshaped(value: Expression, shape: tuple[int, ...]) -> Expression:
-    """Return a stored tensor's elements in another shape."""
-    if value.shape == shape:
-        return value
-    assert isinstance(value, Load)
-    return Load(value.extent, value.dtype, shape)
+def _wanted(keys: Keys, merge: Merge) -> tuple[Iterable[str], Callable[[str, str], bool]]:
+    """Return the names that an adapter asks for, and whether its tensor may go into one of the base."""
+    shapes: dict[str, tuple[int, ...]] = {
+        target: merge.adapter[name].shape for target, name in keys.values.items()
+    }
+    products: set[str] = set()
+    for module, factors in keys.factors.items():
+        if factors.down is not None and factors.up is not None and not module.endswith(_WRAPPED):
+            down, up = merge.adapter[factors.down].shape, merge.adapter[factors.up].shape
+            shapes[f"{module}.weight"] = (up[0], *down[1:])
+            products.add(f"{module}.weight")
+    shapes |= {
+        f"{module}.weight": merge.adapter[name].shape for module, name in keys.tokens.items()
+    }
+
+    whole = {*shapes} - products
+
+    def fits(name: str, tensor: str) -> bool:
+        shape, place = shapes[name], merge.base[merge.twins.get(tensor, tensor)].shape
+        across = len(place) == 2 and place == shape[::-1]
+        return across or place == shape or (name in whole and place[1:] == shape[1:])
+
+    return shapes, fits

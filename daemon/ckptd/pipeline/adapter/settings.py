@@ -18,7 +18,20 @@ from ckptd.errors import StageRefused
 T = TypeVar("T")
 
 STAGE = "merge"
-_METHODS = ("LORA", "TRAINABLE_TOKENS")
+_METHODS = ("LORA", "TRAINABLE_TOKENS", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT")
+_OF_INPUTS = {
+    "PROMPT_TUNING": "prepends virtual tokens to the input",
+    "MULTITASK_PROMPT_TUNING": "prepends virtual tokens to the input",
+    "P_TUNING": "prepends virtual tokens to the input",
+    "CPT": "prepends virtual tokens to the input",
+    "PREFIX_TUNING": "prepends keys and values in every layer",
+    "CARTRIDGE": "prepends keys and values in every layer",
+    "ADAPTION_PROMPT": "adds prompts to the attention of some layers",
+}
+"""Methods that change no weight at all, and what they do."""
+_RANKNUM_EPS = 1e-5
+"""PEFT adds it to AdaLoRA's rank before it divides by it."""
+_LYCORIS = ("LOHA", "LOKR")
 _OTHER_VARIANTS = (
     "layer_replication",
     "use_qalora",
@@ -28,9 +41,10 @@ _OTHER_VARIANTS = (
     "kasa_config",
     "monteclora_config",
     "velora_config",
+    "coft",
     "megatron_config",
 )
-"""Settings of LoRA that change what is computed, or where, in ways that are not merged here."""
+"""Settings that change what is computed, or where, in ways that are not merged here."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 """Initialisations after which the adapter belongs to a base with other weights than the named one."""
 
@@ -39,7 +53,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 class Settings:
     """What adapter_config.json says; `token_indices` are by module, or for the input embedding.
 
-    `revision` is the base's on the Hub, where the adapter names one.
+    `terms` are those of OFT's series, 0 where it has none. `revision` is the base's on the Hub, where the adapter names one; `task` is PEFT's task type.
     """
 
     path: Path
@@ -53,18 +67,24 @@ class Settings:
     rank_stabilized: bool
     dora: bool
     turned: bool
+    terms: int
+    task: str | None
     modules_to_save: tuple[str, ...]
     token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None
     target_parameters: tuple[str, ...]
     ties_weights: bool
 
-    def scale(self, module: str, rank: int) -> float:
-        """Return the factor of the product in `module`, whose matrices have `rank`.
+    def scale(self, module: str, rank: int | None) -> float:
+        """Return the factor of the product in `module`, whose matrices have `rank`, if they show it.
 
         Raises:
             StageRefused: the settings give the module another rank.
         """
+        if self.method == "ADALORA":
+            return (self.alpha if self.alpha > 0 else self.rank) / (self.rank + _RANKNUM_EPS)
         wanted = _by_pattern(self.ranks, module, self.rank)
+        if rank is None:
+            rank = wanted
         if rank != wanted:
             self.refuse(
                 "has another rank than adapter_config.json gives it",
@@ -107,13 +127,15 @@ def read(config: Mapping[str, Any], path: Path) -> Settings:
             method=method,
             base=config.get("base_model_name_or_path") or None,
             revision=config.get("revision") or None,
-            rank=int(config.get("r", 8)),
-            alpha=float(config.get("lora_alpha", 8)),
-            ranks={key: int(value) for key, value in (config.get("rank_pattern") or {}).items()},
+            rank=int(config.get("init_r", 12) if method == "ADALORA" else config.get("r", 8)),
+            alpha=float(config.get("alpha" if method in _LYCORIS else "lora_alpha", 8)),
+            ranks={} if method == "ADALORA" else _ranks(config.get("rank_pattern") or {}),
             alphas={k: float(value) for k, value in (config.get("alpha_pattern") or {}).items()},
             rank_stabilized=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
             turned=bool(config.get("fan_in_fan_out")),
+            terms=_terms(config),
+            task=config.get("task_type") or None,
             modules_to_save=tuple(config.get("modules_to_save") or ()),
             token_indices=_indices(tokens),
             target_parameters=tuple(config.get("target_parameters") or ()),
@@ -123,7 +145,24 @@ def read(config: Mapping[str, Any], path: Path) -> Settings:
         raise StageRefused(f"is not as PEFT writes it: {error}", stage=STAGE, path=path) from error
 
 
+def _terms(config: Mapping[str, Any]) -> int:
+    if not config.get("use_cayley_neumann", False):
+        return 0
+    return int(config.get("num_cayley_neumann_terms", 5))
+
+
+def _ranks(patterns: Mapping[str, Any]) -> dict[str, int]:
+    return {key: int(value) for key, value in patterns.items()}
+
+
 def _check_method(method: str, config: Mapping[str, Any], path: Path) -> None:
+    if method in _OF_INPUTS:
+        raise StageRefused(
+            f"{method} {_OF_INPUTS[method]} and changes no weight: there is nothing to merge",
+            stage=STAGE,
+            path=path,
+            hint="publish the adapter as it is, without this stage",
+        )
     if method not in _METHODS:
         raise StageRefused(
             f"adapters of the method {method or 'unnamed'} are not merged",
@@ -134,12 +173,10 @@ def _check_method(method: str, config: Mapping[str, Any], path: Path) -> None:
             hint="merge it with PEFT (merge_and_unload, where the method has it) and save that, or "
             "publish the adapter as it is, without this stage",
         )
-    if method != "LORA":
-        return
     for key in _OTHER_VARIANTS:
         if config.get(key):
             raise StageRefused(
-                f"LoRA with {key} is not merged",
+                f"{method} with {key} is not merged",
                 stage=STAGE,
                 path=path,
                 found=repr(config[key])[:80],

@@ -142,4 +142,5 @@ STAGE = Stage(
     rank=50,
     computes=True,
     takes_adapters=True,
+    takes_parts=True,
 )

@@ -174,4 +174,5 @@ STAGE = Stage(
     options=FootprintOptions,
     plan=plan,
     repeatable=True,
+    takes_parts=True,
 )

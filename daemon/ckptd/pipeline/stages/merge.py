@@ -12,11 +12,13 @@ import dataclasses
 from collections.abc import Mapping
 
 from ckptd.checkpoint import adapter_files
-from ckptd.checkpoint.checkpoint import Checkpoint, SideFile
+from ckptd.checkpoint.beside import SideFile
+from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.errors import StageRefused
 from ckptd.models import configuration, embeddings, tying
 from ckptd.models.ties import TieGroup
+from ckptd.pipeline.adapter import heads, places
 from ckptd.pipeline.adapter import keys as adapter_keys
 from ckptd.pipeline.adapter import settings as adapter_settings
 from ckptd.pipeline.adapter.merging import Merge
@@ -24,7 +26,7 @@ from ckptd.pipeline.stage import Base, Stage, StageContext, StageOptions
 from ckptd.pipeline.stages import dequantize, tie
 from ckptd.plan import draft as drafts
 from ckptd.plan.draft import Draft, StageReport
-from ckptd.plan.nodes import Concat, Expression, LowRank
+from ckptd.plan.nodes import Changed, Concat, Expression, LowRank
 from ckptd.quant import registry, stored
 
 _TOKENIZER = (
@@ -42,8 +44,12 @@ _TOKENIZER = (
     "chat_template.json",
 )
 """Files of one tokenizer: those of two must not be mixed."""
-_NOT_THE_MODELS = ("README.md", adapter_files.CONFIG_NAME)
+_NOT_THE_MODELS = ("README.md", adapter_files.CONFIG_NAME, adapter_files.VALUE_HEAD_NAME)
 """Files that speak of the adapter, or of the base, and not of what is made of the two."""
+
+
+_METHODS = {"LORA": "LoRA", "TRAINABLE_TOKENS": "trainable tokens", "ADALORA": "AdaLoRA"}
+"""What PEFT's methods are called, as far as that is no abbreviation."""
 
 
 class MergeOptions(StageOptions):
@@ -61,8 +67,41 @@ def plan(draft: Draft, options: MergeOptions, context: StageContext) -> Draft:
         StageRefused: no adapter, a method that is not merged, or a tensor without a place.
         CheckpointUnsupported, CheckpointCorrupt: the base is quantized and cannot be made plain.
     """
-    base = context.base
-    if not draft.adapter or base is None:
+    base = _base_of(draft, context)
+    config_path = draft.config_path
+    settings = adapter_settings.read(adapter_files.read_config(config_path), config_path)
+    keys = adapter_keys.parse(draft.tensors)
+    start, exact = _plain_base(base.source, context)
+    groups = _groups(start)
+    twins = _twins(start, groups)
+    merge = Merge(
+        settings=settings,
+        config=start.config,
+        adapter=draft.tensors,
+        base=start.tensors,
+        exact=exact,
+        twins=twins,
+        places=places.of(start.config, start.tensors, twins),
+    )
+    merge.run(keys)
+    _settle_twins(merge, start, groups)
+    merged = _with_tensors(start, merge, groups)
+    merged = _resized(merged, start, merge, context)
+    merged = heads.added(merged, merge.heads, settings)
+    changed = dataclasses.replace(
+        merged,
+        side_files=_side_files(draft, start),
+        reports=(*draft.reports, *start.reports),
+        others=(*draft.others, *(str(stamp) for stamp in base.source.stamps.values())),
+    )
+    report = _report(merge, base, keys.originals, draft.side_files)
+    changed = changed.with_report(report)
+    touched = {*merge.made} & {name for group in groups for name in _members(group)}
+    return tie.plan(changed, tie.TieOptions(), context) if touched else changed
+
+
+def _base_of(draft: Draft, context: StageContext) -> Base:
+    if not draft.adapter or context.base is None:
         raise StageRefused(
             "is not an adapter: there is nothing to merge",
             stage="merge",
@@ -70,32 +109,7 @@ def plan(draft: Draft, options: MergeOptions, context: StageContext) -> Draft:
             expected=f"{adapter_files.WEIGHTS_NAME} and {adapter_files.CONFIG_NAME}",
             hint="leave the stage merge out for whole models",
         )
-    config_path = draft.config_path
-    settings = adapter_settings.read(adapter_files.read_config(config_path), config_path)
-    keys = adapter_keys.parse(draft.tensors)
-    start, exact = _plain_base(base.source, context)
-    groups = _groups(start)
-    merge = Merge(
-        settings=settings,
-        config=start.config,
-        adapter=draft.tensors,
-        base=start.tensors,
-        exact=exact,
-        twins=_twins(start, groups),
-    )
-    merge.run(keys)
-    _settle_twins(merge, start, groups)
-    merged = _with_tensors(start, merge, groups)
-    merged = _resized(merged, start, merge, context)
-    changed = dataclasses.replace(
-        merged,
-        side_files=_side_files(draft, start),
-        reports=(*draft.reports, *start.reports),
-        others=(*draft.others, *(str(stamp) for stamp in base.source.stamps.values())),
-    )
-    changed = changed.with_report(_report(merge, changed, base, keys.originals))
-    touched = {*merge.made} & {name for group in groups for name in _members(group)}
-    return tie.plan(changed, tie.TieOptions(), context) if touched else changed
+    return context.base
 
 
 def _plain_base(base: Checkpoint, context: StageContext) -> tuple[Draft, Mapping[str, Expression]]:
@@ -223,17 +237,27 @@ def _side_files(adapter: Draft, start: Draft) -> tuple[SideFile, ...]:
     return tuple(own[name] for name in sorted(own))
 
 
-def _report(merge: Merge, merged: Draft, base: Base, originals: list[str]) -> StageReport:
-    method = "trainable tokens" if merge.settings.method != "LORA" else "LoRA"
+def _report(
+    merge: Merge, base: Base, originals: list[str], files: tuple[SideFile, ...]
+) -> StageReport:
+    method = _METHODS.get(merge.settings.method, merge.settings.method)
     method = "DoRA" if merge.settings.dora else method
     whole = len(merge.replaced) + len([n for n in merge.trained if not _is_sum(merge.made[n])])
     sums = sum(_is_sum(value) for value in merge.made.values())
     done = [f"{sums} weights computed"]
     done += [f"{whole} taken whole"] * (whole > 0)
     done += [f"rows of {', '.join(sorted(merge.rows))} replaced"] * bool(merge.rows)
+    done += [f"the head {', '.join(merge.heads)} added"] * bool(merge.heads)
     warnings = []
     if originals:
         warnings.append(f"{len(originals)} copies of the base's own weights were left out")
+    if merge.heads:
+        warnings.append(
+            "the base's files were written for another class of the family: what neither they nor "
+            "the adapter hold is new each time the model is loaded; the stage verify finds that"
+        )
+    if any(file.relpath == adapter_files.VALUE_HEAD_NAME for file in files):
+        warnings.append(f"{adapter_files.VALUE_HEAD_NAME} is of no model, and was left out")
     return StageReport(
         stage="merge",
         summary=f"{method} into {base.name}: {', '.join(done)}",
@@ -252,7 +276,7 @@ def _report(merge: Merge, merged: Draft, base: Base, originals: list[str]) -> St
 
 def _is_sum(value: Expression) -> bool:
     parts = value.parts if isinstance(value, Concat) else ()
-    return isinstance(value, LowRank) or any(_is_sum(part) for part in parts)
+    return isinstance(value, LowRank | Changed) or any(_is_sum(part) for part in parts)
 
 
 STAGE = Stage(

@@ -26,6 +26,9 @@ def plan(draft: Draft, options: ReshardOptions, context: StageContext) -> Draft:
     if draft.adapter:
         summary = "an adapter stays one file, the only one that PEFT reads"
         return draft.with_report(StageReport(stage="reshard", summary=summary))
+    if draft.parts and draft.parts[0].single:
+        summary = "a single file stays one, the only one that its readers know"
+        return draft.with_report(StageReport(stage="reshard", summary=summary))
     larger = [name for name, value in draft.tensors.items() if expression.nbytes(value) > limit]
     report = StageReport(
         stage="reshard",
@@ -43,4 +46,5 @@ STAGE = Stage(
     plan=plan,
     rank=90,
     takes_adapters=True,
+    takes_parts=True,
 )
