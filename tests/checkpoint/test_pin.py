@@ -244,3 +244,35 @@ def test_an_unreadable_source_is_the_sources_fault(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointUnsupported, match="0600"):
         _refresh(source, target, PinMethod.COPY)
+
+
+def test_a_pin_that_is_half_removed_says_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it is removed: the next start finds the origin and removes the rest."""
+    pin_path = tmp_path / "pin"
+    pin.write_origin(pin_path, {"owner": "me"})
+    (pin_path / "model.safetensors").write_bytes(b"x")
+
+    def killed(self: Path, *, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pin.release(pin_path)
+    assert pin.read_origin(pin_path) == {"owner": "me"}
+    pin.release(pin_path)
+    assert not pin_path.exists()
+
+
+def test_what_a_killed_probe_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Files of a process that is gone; those of one that lives are its own."""
+    folder = tmp_path / pin.FOLDER_NAME
+    folder.mkdir()
+    host = os.uname().nodename
+    gone, alive = folder / f".probe-{host}-99999999", folder / f".probed-{host}-1"
+    gone.touch()
+    alive.touch()
+    pin.probe(tmp_path)
+    assert list(folder.iterdir()) == [alive]

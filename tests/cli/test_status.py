@@ -19,6 +19,7 @@ from ckptd.telemetry.status import (
     DaemonStatus,
     DefinitionStatus,
     JobStatus,
+    LimitStatus,
     Phase,
     WatchStatus,
 )
@@ -75,6 +76,11 @@ def _write(state_path: Path, *, pid: int, late_s: float = 0) -> None:
         counts={"published": 7},
         watches=(watch,),
         definitions=(DefinitionStatus(path="/p.yaml", pipeline="publish", problem="is broken"),),
+        limits=(
+            LimitStatus(name="min_free", value="2 GB", now="1 GB free", reached=True),
+            LimitStatus(name="max_queued", value="1000", now="3 unfinished"),
+            LimitStatus(name="nice", value="10"),
+        ),
     )
     state_path.mkdir(parents=True, exist_ok=True)
     (state_path / STATUS_NAME).write_text(status.to_json())
@@ -100,6 +106,8 @@ def test_running(ckptd: Call, state_path: Path) -> None:
         "waiting 20 s for the Hub",
         "is broken",
         "2 checkpoints, 1 settling",
+        "held back by min_free: 2 GB, 1 GB free",
+        "limits: max_queued 1000 (3 unfinished), nice 10",
     ):
         assert text in out
 

@@ -7,13 +7,12 @@ is written last, and where the weights are. `recognise` answers with the reason,
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ckptd.checkpoint import adapter_files
+from ckptd.checkpoint import adapter_files, index
 from ckptd.checkpoint.consolidate import (
     dcp,
     dcp_safetensors,
@@ -24,7 +23,7 @@ from ckptd.checkpoint.consolidate import (
 )
 from ckptd.checkpoint.consolidate.gathered import Family
 from ckptd.checkpoint.listing import Listing
-from ckptd.errors import CheckpointUnsupported
+from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 
 TRAINER_STATE_NAME = "trainer_state.json"
 _STEP_FOLDER = re.compile(r"^checkpoint-(\d+)$")
@@ -84,8 +83,8 @@ class HfTrainer:
         if TRAINER_STATE_NAME not in {file.relpath for file in listing.files}:
             return Marker(name=TRAINER_STATE_NAME, problem="not written yet")
         try:
-            step = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("global_step")
-        except (ValueError, AttributeError, RecursionError):
+            step = index.read_json(path / TRAINER_STATE_NAME).get("global_step")
+        except CheckpointCorrupt:
             return Marker(name=TRAINER_STATE_NAME, problem="not whole JSON yet")
         folder = _STEP_FOLDER.match(folder_name)
         if folder and step != int(folder[1]):
@@ -236,9 +235,13 @@ def family_of(folder_name: str, listing: Listing, layout: str = "auto") -> Famil
 
 def step_of(path: Path, folder_name: str) -> int | None:
     """Return the training step that trainer_state.json or the folder's name gives, if any."""
+    state_path = path / TRAINER_STATE_NAME
+    step = None
     try:
-        step = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("global_step")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        # A link may lead out of the folder, and a FIFO would be read for ever.
+        if state_path.is_file() and not state_path.is_symlink():
+            step = index.read_json(state_path).get("global_step")
+    except (OSError, CheckpointCorrupt):
         step = None
     if type(step) is int:
         return step

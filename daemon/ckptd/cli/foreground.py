@@ -100,6 +100,7 @@ def _work(
         within=arguments.ANYWHERE,
         byte_budget=request.settings.byte_budget,
         num_threads=request.settings.threads,
+        upload_limit=request.settings.upload_limit,
         base_place=None if base is None else base[0],
         base_digest=None if base is None else base[1],
         hub_patience=Backoff(

@@ -24,7 +24,9 @@ from ckptd.cli import (
     serve,
     status,
     validate,
+    verify_remote,
 )
+from ckptd.cli.doctor import command as doctor
 from ckptd.cli.output import Output
 
 app = typer.Typer(
@@ -39,7 +41,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (serve, run, plan, inspect, validate, jobs, status, hub, demonstrate, schema):
+GROUPS = (
+    serve,
+    run,
+    plan,
+    inspect,
+    validate,
+    jobs,
+    status,
+    verify_remote,
+    doctor,
+    hub,
+    demonstrate,
+    schema,
+)
+for group in GROUPS:
     group.add_to(app)
 
 

@@ -31,6 +31,10 @@ _FRONT_MATTER = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
+_MAX_VALUES = 200_000
+"""Values of a front matter, aliases written out; the results of hundreds of tasks have 20,000."""
+_BROKEN = (ValueError, LookupError, TypeError, RecursionError)
+"""What the YAML reader raises besides its own errors: a date of no month, `!!int x`, deep nesting."""
 _RESERVED = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
 
 
@@ -79,8 +83,9 @@ def _load(front: str) -> dict[str, Any]:
     """Return the front matter as plain values."""
     try:
         data = YAML(typ="safe", pure=True).load(io.StringIO(front))
-    except YAMLError as exc:
+    except (YAMLError, *_BROKEN) as exc:
         raise _refused(f"its front matter is not valid YAML: {_one_line(exc)}") from exc
+    _require_bounded(data)
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -114,7 +119,10 @@ def _comparable(data: dict[str, Any]) -> dict[str, str]:
 
 def _value_node(front: str, key: str) -> tuple[Node, Node] | None:
     """Return the nodes of a top-level key and its value, with their places in the text."""
-    root = YAML(typ="safe", pure=True).compose(io.StringIO(front))
+    try:
+        root = YAML(typ="safe", pure=True).compose(io.StringIO(front))
+    except (YAMLError, *_BROKEN) as exc:
+        raise _refused("it is written in a way that cannot be edited") from exc
     if not isinstance(root, MappingNode):
         return None
     if root.flow_style:
@@ -182,5 +190,20 @@ def _refused(why: str) -> errors.HubRejected:
     )
 
 
-def _one_line(exc: YAMLError) -> str:
+def _require_bounded(data: Any) -> None:
+    """Refuse aliases that make a few lines into millions of values, or a value hold itself."""
+    left = _MAX_VALUES
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        left -= 1
+        if left < 0:
+            raise _refused(f"its front matter has more than {_MAX_VALUES:,} values")
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+
+
+def _one_line(exc: Exception) -> str:
     return " ".join(str(exc).split())[:300]

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ckptd.jobs.job import Failure, JobSpec, Outcome
+from ckptd.jobs.failing import Failure
+from ckptd.jobs.job import JobSpec, Outcome
 from ckptd.telemetry.status import Counters, Phase
 
 VERSION = 1
@@ -39,6 +40,8 @@ class Start:
     """Most bytes in flight."""
     num_threads: int
     endpoint: str | None = None
+    upload_limit: int | None = None
+    """Most bytes a second that this runner may send."""
     attempt: int = 1
     type: Literal["start"] = "start"
 

@@ -21,7 +21,7 @@ from anyio import from_thread, to_thread
 
 from ckptd.aio.backoff import Backoff
 from ckptd.aio.budget import ByteBudget
-from ckptd.checkpoint import checkpoint, listing
+from ckptd.checkpoint import checkpoint, content, listing
 from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.errors import SourceChanged
 from ckptd.jobs import progress
@@ -72,8 +72,12 @@ class Work:
     """What an adapter is merged into, where that was settled with the digest, which covers it."""
     base_digest: str | None = None
     base_fingerprint: str | None = None
+    is_digest_durable: bool = True
+    """False where the machine was started anew since `content_digest` was taken: it is taken again."""
     hub_patience: Backoff | None = None
     """How long a Hub that fails is tried again within the job; None for the publisher's default."""
+    upload_limit: int | None = None
+    """Most bytes a second that the push may send; None for no limit."""
 
 
 class Push(Protocol):
@@ -104,6 +108,8 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     tally.enter(Phase.PLANNING)
     source = await to_thread.run_sync(lambda: open_source(work))
     base = await to_thread.run_sync(lambda: open_base(work, source), abandon_on_cancel=True)
+    if not work.is_digest_durable:
+        await to_thread.run_sync(lambda: check_digest(work, source, from_thread.check_cancelled))
     plan = await to_thread.run_sync(
         lambda: compose.decided(
             source, work.definition.stages, base=base, check=from_thread.check_cancelled
@@ -114,7 +120,7 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     if push is not None:
         tally.enter(Phase.CHECKING)
         await push.open()
-    staging = Staging(work.work_path)
+    staging = Staging(work.work_path, check=from_thread.check_cancelled)
     async with tally.sampling():
         made = await _produce(work, source, base, plan, staging, push, tally)
         plan = made.plan
@@ -190,6 +196,21 @@ def open_base(work: Work, source: Checkpoint) -> Base | None:
     )
 
 
+def check_digest(work: Work, source: Checkpoint, check: Callable[[], None] = lambda: None) -> None:
+    """Verify that `source` still is what was identified when the job was made; reads all of it.
+
+    Raises:
+        SourceChanged: a crash of the machine, say, took some of what was hashed then.
+    """
+    found = content.digest(checkpoint.identifying_files(source), check=check)
+    if work.base_digest is not None:
+        found = bases.together(found, work.base_digest)
+    if found != work.content_digest:
+        raise SourceChanged(
+            path=work.checkpoint_path, expected=str(work.content_digest)[:19], found=found[:19]
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Made:
     """The finished output; `plan` with what was found in it."""
@@ -225,7 +246,9 @@ async def _produce(
                 if push is not None:
                     uploads.start_soon(push.upload, output.of_shard(shard))
 
-            shards = await stream.run(finished=finished, on_shard=on_shard)
+            shards = await stream.run(
+                finished=finished, on_shard=on_shard, on_synced=staging.announce
+            )
             small = await to_thread.run_sync(
                 lambda: output.write_side_files(staging.out_path, plan=plan)
             )
@@ -236,6 +259,7 @@ async def _produce(
                     source=source,
                     plan=plan,
                     shards=shards,
+                    side_files=small,
                     provenance=output.Provenance(
                         run=work.run,
                         content_digest=work.content_digest,
@@ -295,6 +319,7 @@ async def _push(work: Work, source: Checkpoint, plan: Plan, tally: Tally) -> Pus
         content_digest=work.content_digest,
         pipeline_digest=work.pipeline_digest,
         endpoint=work.endpoint,
+        upload_limit=work.upload_limit,
         patience=work.hub_patience,
         library="transformers" if plan.config is not None else "peft",
         report=tally.hub,
@@ -311,6 +336,7 @@ def _stream(
             device=work.definition.device,
             num_threads=work.num_threads if plan.grows_rows else 1,
             sources=sources,
+            warn=lambda text: from_thread.run_sync(tally.told, text),
         )
     return Stream(
         plan,

@@ -15,6 +15,7 @@ from ckptd.pipeline import bases as base_models
 from ckptd.pipeline import definition as definitions
 from ckptd.pipeline import target
 from ckptd.pipeline.definition import Definition, Watch
+from ckptd.telemetry import node
 
 
 class KnownBases:
@@ -99,6 +100,7 @@ def spec_of(
         step=source.step,
         content_digest=content_digest,
         fingerprint=after,
+        boot_id=node.boot_id(),
         pipeline_digest=pipeline_digest,
         target=described,
         base_place=None if base is None else base[0],

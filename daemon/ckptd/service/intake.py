@@ -35,6 +35,9 @@ log = structlog.get_logger()
 
 ABANDON_S = 3600.0
 """An incomplete checkpoint that nobody writes for this long is given up, until it changes."""
+ROOM_S = 2.0
+"""How often it is asked whether the queue has room again."""
+_UNFINISHED = frozenset({State.QUEUED, State.RUNNING, State.RETRYING, State.WAITING})
 _REJUDGE_S = 15.0
 """How often a quiet but incomplete checkpoint is judged again."""
 _ENDED_BADLY = frozenset({State.FAILED, State.REFUSED, State.HELD})
@@ -72,6 +75,7 @@ class Intake:
         store: JobStore,
         bases: KnownBases,
         queued: Callable[[], None],
+        max_queued: int,
     ) -> None:
         self._definition = definition
         self._watch = watch
@@ -80,6 +84,8 @@ class Intake:
         self._store = store
         self._bases = bases
         self._queued = queued
+        self._max_queued = max_queued
+        self._held_back = False
         self._candidates: dict[Path, _Candidate] = {}
         self._log = log.bind(pipeline=definition.pipeline)
 
@@ -182,6 +188,7 @@ class Intake:
                 if candidate.ended or (not candidate.gone and current is not candidate):
                     continue  # judged already, or changed since: a newer one will come
                 try:
+                    await self._await_room(candidate)
                     await self._judge(candidate)
                 except errors.CheckpointVanished:
                     await self._lost(candidate)
@@ -189,6 +196,23 @@ class Intake:
                     await self._refuse(candidate, error)
                 except OSError as error:  # of the file system, not of the checkpoint: not final
                     await self._wait(candidate, f"{candidate.path}: {error}")
+
+    async def _await_room(self, candidate: _Candidate) -> None:
+        """Hold everything behind this checkpoint back while there are jobs enough.
+
+        It stays pinned as it is seen; what the trainer makes of it meanwhile is judged afterwards.
+        """
+        while True:
+            counts = await self._store.counts()
+            if sum(counts.get(state, 0) for state in _UNFINISHED) < self._max_queued:
+                self._held_back = False
+                return
+            if not self._held_back:
+                self._held_back = True
+                reason = f"{self._max_queued} jobs are unfinished (max_queued): waits for its own"
+                self._log.warning("queue full", checkpoint=str(candidate.path), why=reason)
+                await self._note(candidate, Verdict.INCOMPLETE, reason=reason)
+            await anyio.sleep(ROOM_S)
 
     async def _judge(self, candidate: _Candidate) -> None:
         if not candidate.gone:
@@ -268,6 +292,8 @@ class Intake:
         """Judge quiet, incomplete checkpoints again: some verdicts change with time alone."""
         while True:
             await anyio.sleep(_REJUDGE_S)
+            if self._held_back:
+                continue
             for candidate in list(self._candidates.values()):
                 if candidate.why is None or not candidate.settled:
                     continue

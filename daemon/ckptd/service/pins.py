@@ -1,7 +1,7 @@
 """Where the pins of a definition are, and their life: live while a folder grows, frozen for a job.
 
 `<root>/.ckptd/live/<id>/` follows a folder of the trainer; when the checkpoint is taken it is
-renamed to `<root>/.ckptd/pins/<job>/` and never changed again, so that a trainer that writes into
+renamed to `<root>/.ckptd/pins/<job>-<owner>/` and never changed again, so that a trainer that writes into
 the same folder once more gets a new live pin. Where the root cannot be written, pins are copies in
 the state folder. Everything here blocks.
 """
@@ -51,8 +51,11 @@ class Pins:
         return base / "live" / hashlib.sha256(key).hexdigest()[:16]
 
     def frozen_path(self, live_path: Path, job_id: str) -> Path:
-        """Return where the pin of a job is, on the same mount as its live one."""
-        return live_path.parent.parent / "pins" / job_id
+        """Return where the pin of a job is, on the same mount as its live one.
+
+        Daemons that share a root have the same id for the same work, and each its own pin.
+        """
+        return live_path.parent.parent / "pins" / f"{job_id}-{self._owner[:8]}"
 
     def refresh_early(self, live_path: Path, seen: Listing) -> None:
         """Bring the live pin up to `seen` where that is nearly free; copies wait for quiet.
