@@ -128,3 +128,19 @@ def test_every_setting_is_documented() -> None:
     for name, field in settings.Settings.model_fields.items():
         assert field.description, name
         assert "Default" in field.description, name
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"), [("50MB/s", 50_000_000), ("1MiB/s", 1 << 20), ("200000", 200_000)]
+)
+def test_the_upload_limit_is_a_rate(text: str, bytes_per_s: int, clean: Path) -> None:
+    """With or without `/s`; the default is no limit."""
+    assert settings.load().upload_limit is None
+    assert settings.load(overrides={"upload_limit": text}).upload_limit == bytes_per_s
+
+
+@pytest.mark.parametrize("text", ["50", "0MB/s", "fast", "50MB/h"])
+def test_an_upload_limit_that_is_none_is_refused(text: str, clean: Path) -> None:
+    """Too low to ever finish, or no rate: the setting is named."""
+    with pytest.raises(errors.SettingsError, match="upload_limit"):
+        settings.load(overrides={"upload_limit": text})

@@ -20,11 +20,13 @@ fields; the class writes the text, so that the same failure always reads the sam
     ├── HubError                6   the Hub refused or cannot be reached
     │   ├── HubUnauthorized         the token is missing, wrong or expired (waits)
     │   ├── HubForbidden            the token may not do this (waits)
+    │   ├── HubFull                 the account's storage or plan is used up (waits)
     │   ├── HubNotFound             no such repo or revision
     │   ├── HubConflict             somebody else moved the revision
     │   ├── HubRejected             a final no: this push can never succeed as it is
     │   └── HubUnavailable          rate limit, 5xx, no connection, time-out (tried again)
     ├── NoSpace                 7   bytes needed, bytes free
+    ├── NoMemory                7   the runner needed more memory than it may take (waits)
     └── StorageFailed           7   the output or state folder cannot be written
 """
 
@@ -46,6 +48,15 @@ class Retry(enum.Enum):
     """Somebody must act first (a token, a permission): keep the job, try again rarely."""
 
 
+MAX_SIDE = 2000
+"""Characters of one part of a text: names and shapes in files may have millions."""
+
+
+def shortened(text: str) -> str:
+    """Return `text`, or its first characters where it is longer than any person reads."""
+    return text if len(text) <= MAX_SIDE else f"{text[:MAX_SIDE]}... ({len(text):,} characters)"
+
+
 class CkptdError(Exception):
     """The root. Subclasses set `exit_code` and `retry`; `hint` says what to do next."""
 
@@ -53,6 +64,8 @@ class CkptdError(Exception):
     retry: Retry = Retry.NEVER
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        # Names of files may be no text, and those of tensors half characters: both are escaped.
+        message = message.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -134,11 +147,12 @@ class CheckpointRefused(CkptdError):
     ) -> None:
         text = f"{path}: "
         if tensor is not None:
-            text += f"tensor {tensor!r}: "
-        text += what
+            text += f"tensor {shortened(repr(tensor))}: "
+        text += shortened(what)
         if expected is not None or found is not None:
             sides = (("expected", expected), ("found", found))
-            text += " (" + ", ".join(f"{side} {value}" for side, value in sides if value) + ")"
+            shown = (f"{side} {shortened(value)}" for side, value in sides if value)
+            text += " (" + ", ".join(shown) + ")"
         super().__init__(text, hint=hint)
         self.path = Path(path)
         self.tensor = tensor
@@ -263,6 +277,12 @@ class HubForbidden(HubError):
     retry = Retry.WAIT
 
 
+class HubFull(HubError):
+    """402, 507 or a refusal that names a quota: the account's storage or plan is used up."""
+
+    retry = Retry.WAIT
+
+
 class HubNotFound(HubError):
     """404: no such repo, revision or file, or it is hidden from this token."""
 
@@ -274,7 +294,7 @@ class HubConflict(HubError):
 
 
 class HubRejected(HubError):
-    """A final no: this push can never succeed as it is (bad card, name, quota...)."""
+    """A final no: this push can never succeed as it is (bad card, name...)."""
 
 
 class HubUnavailable(HubError):
@@ -297,6 +317,21 @@ class NoSpace(CkptdError):
         self.path = Path(path)
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
+
+
+class NoMemory(CkptdError):
+    """A runner needed more memory than it may take, or than there is."""
+
+    exit_code = 7
+    retry = Retry.WAIT
+
+    def __init__(self, what: str, *, limit_bytes: int | None) -> None:
+        limit = "no bound of its own" if limit_bytes is None else f"{limit_bytes:,} bytes"
+        super().__init__(
+            f"out of memory ({limit}): {what}",
+            hint="raise runner_memory, lower byte_budget, or leave `verify` out for this model",
+        )
+        self.limit_bytes = limit_bytes
 
 
 class StorageFailed(CkptdError):

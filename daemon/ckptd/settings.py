@@ -24,13 +24,16 @@ from pydantic_settings import (
 
 from ckptd import errors, units
 from ckptd.checkpoint.writer import Cache
-from ckptd.jobs.job import RetryLimits
+from ckptd.jobs.failing import RetryLimits
 from ckptd.pipeline import locate
+from ckptd.telemetry import node
 
 PREFIX = "CKPTD_"
 FILE_NAME = "ckptd.yaml"
 FILE_VARIABLE = "CKPTD_SETTINGS"
 """Names the settings file where the command line does not."""
+FIXED_BYTES = 400_000_000
+"""What a runner takes beside its byte budget: Python, torch on the CPU, the Hub's client."""
 
 _ABOUT_TOKENS = (
     "a token is not a setting: set HF_TOKEN, or HF_TOKEN_PATH to a file that only ckptd can read"
@@ -47,6 +50,13 @@ def _seconds(value: object) -> object:
     return units.parse_duration(value) if isinstance(value, (str, int, float)) else value
 
 
+def _rate(value: object) -> object:
+    if isinstance(value, str):
+        value = value.strip().removesuffix("/s")
+    return _bytes(value)
+
+
+Rate = Annotated[int, BeforeValidator(_rate)]
 ByteSize = Annotated[int, BeforeValidator(_bytes)]
 Seconds = Annotated[float, BeforeValidator(_seconds)]
 
@@ -96,6 +106,43 @@ class Settings(BaseSettings):
     takes nothing from what the trainer reads, and costs little processor time. `drop`: through it,
     and dropped from it once on the disk. `keep`: through it, and left there. Where a file system
     cannot write directly, `direct` is `drop`. Default direct."""
+    runner_memory: Annotated[ByteSize, Field(ge=500_000_000)] = Field(
+        default_factory=lambda: max(4_000_000_000, node.memory_bytes() // 2)
+    )
+    """Most memory of its own (RLIMIT_DATA) that a runner may take; beyond it the job fails with
+    figures and the trainer is not touched. Needs room for the byte budget, torch, and the whole
+    model where a definition has `verify`. Default: half of the node's memory (or of the cgroup's),
+    at least 4GB."""
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
+    """CPU niceness of runners, as nice(1) counts: the trainer's data loaders come first. 0 leaves
+    it as the daemon's. Default 10."""
+    io_priority: Literal["normal", "low", "idle"] = "low"
+    """Disk priority of runners, where the I/O scheduler knows any: `low` is the last of the
+    ordinary ones, `idle` runs only while nobody else does and may starve. Default low."""
+    min_free: ByteSize | None = None
+    """Free bytes on the disk of the state folder below which no job is begun; jobs wait, say so,
+    and go on by themselves. The room belongs to the trainer's next checkpoint. 0 switches it off.
+    Default: 2GB, or a twentieth of the disk where that is less."""
+    max_queued: Annotated[int, Field(ge=1)] = 1000
+    """Jobs that may be unfinished before new checkpoints have to wait for theirs; they stay pinned
+    meanwhile. Bounds what a Hub that is away for days leaves to be done. Default 1000."""
+    jobs_per_repo: Annotated[int, Field(ge=1)] = 1
+    """Jobs at a time that push to one repo, whatever the revision: the Hub counts commits by repo.
+    Default 1."""
+    jobs_per_device: Annotated[int, Field(ge=1)] = 1
+    """Jobs at a time that compute on one accelerator; its memory is shared with the trainer. Jobs
+    on the CPU and jobs that only copy are bounded by `slots` alone. Default 1."""
+    stall_timeout: Annotated[Seconds, Field(ge=10)] = 1800.0
+    """Seconds without any sign of progress after which a running job is taken for hung: its runner
+    is replaced, and where that fails systemd's watchdog ends the daemon. Fetching a base model and
+    verifying a large one are silent for minutes. Default 30m."""
+    stop_grace: Annotated[Seconds, Field(ge=0, le=3600)] = 10.0
+    """Seconds that running jobs may go on after SIGTERM, so that one that is nearly done ends;
+    what is not done goes on at the next start. A second signal does not wait. Default 10s."""
+    history: Annotated[Seconds, Field(ge=86_400)] = 63_072_000.0
+    """How long it is remembered what happened to ended jobs (each step of each try), and what
+    became of checkpoints without one. Jobs themselves stay for good, for they keep anything from
+    being published twice. Default 730d."""
     scan_interval: Annotated[Seconds, Field(ge=0.1, le=3600)] = 1.0
     """Seconds between scans of watched places on local disks. File system events wake the scan
     earlier; this is what finds that which events miss. A scan costs one look at each folder above
@@ -123,10 +170,15 @@ class Settings(BaseSettings):
     pin_age: Annotated[Seconds, Field(ge=0)] = 7 * 86_400.0
     """How long a failed or held job keeps its pin, and a failed one its staged files, for somebody
     to retry it; a held one keeps its output. A week has a weekend in it. Default 7d."""
+    upload_limit: Annotated[Rate, Field(ge=100_000)] | None = None
+    """Most bytes a second that all runners together send to the Hub, over LFS and Xet alike, such
+    as `50MB/s`; each of `slots` gets its share. At least 100KB/s. Default: no limit."""
     hub_endpoint: str | None = None
     """URL of the Hub. Default: HF_ENDPOINT, else https://huggingface.co."""
-    log_format: Literal["auto", "console", "json"] = "auto"
-    """How logs look: for people, as JSON, or `auto`: for people at a terminal. Default auto."""
+    log_format: Literal["auto", "console", "json", "journal"] = "auto"
+    """How logs look: for people, as JSON, as entries of systemd's journal with fields, or `auto`:
+    for people at a terminal, for the journal where standard output goes there, else JSON.
+    Default auto."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important kind of line that is written. Default info."""
 
@@ -141,6 +193,16 @@ class Settings(BaseSettings):
         return self.state_dir / "work"
 
     @property
+    def min_free_bytes(self) -> int:
+        """The low-water mark of the state folder's disk; looks at the disk where it is not set."""
+        if self.min_free is not None:
+            return self.min_free
+        try:
+            return node.low_water_bytes(self.state_dir)
+        except OSError:
+            return node.LOW_WATER_BYTES
+
+    @property
     def retry_limits(self) -> RetryLimits:
         """The limits as the job store takes them."""
         return RetryLimits(
@@ -149,6 +211,17 @@ class Settings(BaseSettings):
             cap_s=self.retry_cap,
             wait_s=self.wait_interval,
         )
+
+    @field_validator("runner_memory")
+    @classmethod
+    def _check_memory(cls, memory_bytes: int, info: ValidationInfo) -> int:
+        needed = info.data.get("byte_budget", 0) + FIXED_BYTES
+        if memory_bytes < needed:
+            raise ValueError(
+                f"must be at least byte_budget and {units.format_bytes(FIXED_BYTES)} "
+                f"({units.format_bytes(needed)}), found {units.format_bytes(memory_bytes)}"
+            )
+        return memory_bytes
 
     @field_validator("state_dir", "pipelines_dir")
     @classmethod

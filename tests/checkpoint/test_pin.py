@@ -413,3 +413,35 @@ def test_a_rewrite_in_place_under_a_hard_link_is_told(make_folder: Any, tmp_path
     with (target / "model.safetensors").open("ab") as file:
         file.write(b"more")
     assert "bytes before" in (whole.changed(between, list_files(target)) or "")
+
+
+def test_a_pin_that_is_half_removed_says_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while it is removed: the next start finds the origin and removes the rest."""
+    pin_path = tmp_path / "pin"
+    origin.write(pin_path, {"owner": "me"})
+    (pin_path / "model.safetensors").write_bytes(b"x")
+
+    def killed(self: Path, *, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pin.release(pin_path)
+    assert origin.read(pin_path) == {"owner": "me"}
+    pin.release(pin_path)
+    assert not pin_path.exists()
+
+
+def test_what_a_killed_probe_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Files of a process that is gone; those of one that lives are its own."""
+    folder = tmp_path / pin.FOLDER_NAME
+    folder.mkdir()
+    host = os.uname().nodename
+    gone, alive = folder / f".probe-{host}-99999999", folder / f".probed-{host}-1"
+    gone.touch()
+    alive.touch()
+    pin.probe(tmp_path)
+    assert list(folder.iterdir()) == [alive]

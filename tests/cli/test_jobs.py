@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from ckptd import errors
 from ckptd.jobs.database import Database
-from ckptd.jobs.job import Failure, JobSpec, RetryLimits
+from ckptd.jobs.failing import Failure, RetryLimits
+from ckptd.jobs.job import JobSpec, Outcome, State
 from ckptd.jobs.store import Sighting, Verdict
 from tests.cli.conftest import Call, Start
 
@@ -168,3 +170,81 @@ def test_reader_goes_away(start: Start) -> None:
     assert process.stderr is not None
     assert process.stderr.read() == ""
     assert process.wait() == 0
+
+
+@pytest.fixture
+def old_store(state_path: Path) -> Path:
+    """Two runs, each with steps 4000 and 5000, and a checkpoint of step 4000 that got no job."""
+    path = state_path / "jobs.sqlite3"
+    with Database(path) as database:
+        for run in ("llama-sft", "other"):
+            for step in (4000, 5000):
+                spec = dataclasses.replace(
+                    _spec(f"{run}-{step}"), run=run, step=step, name=f"checkpoint-{step}"
+                )
+                database.enqueue(spec, now=100.0)
+        job = database.acquire(worker="w", lease_s=60, now=200.0)
+        assert job is not None
+        outage = Failure(code="HubUnavailable", message="no answer", retry=errors.Retry.LATER)
+        database.fail(job.job_id, outage, worker="w", limits=RetryLimits(), jitter=1.0, now=300.0)
+        job = database.acquire(worker="w", lease_s=60, now=400.0)
+        assert job is not None
+        outcome = Outcome(state=State.PUBLISHED, commit="c" * 40, commit_url="https://hub/c")
+        database.finish(job.job_id, outcome, worker="w", now=500.0)
+        database.note(
+            Sighting(
+                source_path="/runs/llama-sft/adapter-4000",
+                pipeline="publish",
+                fingerprint_id="f",
+                verdict=Verdict.REFUSED,
+                reason="shard 2 is truncated",
+                at=100.0,
+            )
+        )
+    return path
+
+
+@pytest.mark.usefixtures("old_store")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--step", 4000), {("llama-sft", 4000), ("other", 4000)}),
+        (("--run", "llama-sft"), {("llama-sft", 4000), ("llama-sft", 5000)}),
+        (("--run", "llama-sft", "--step", 4000), {("llama-sft", 4000)}),
+        (("--step", 6000), set()),
+    ],
+)
+def test_ls_of_a_step(
+    options: tuple[object, ...], expected: set[tuple[str, int]], ckptd: Call
+) -> None:
+    """--run and --step leave the jobs of other checkpoints out."""
+    found = ckptd("jobs", "ls", *options, "--json").value["jobs"]
+    assert {(job["run"], job["step"]) for job in found} == expected
+
+
+@pytest.mark.usefixtures("old_store")
+def test_what_happened_to_step_4000(ckptd: Call) -> None:
+    """Each try, each reason and the commit are told months later, and what got no job, too."""
+    result = ckptd("jobs", "history", "--run", "llama-sft", "--step", 4000)
+    lines = [" ".join(line.split()[2:]) for line in result.out.splitlines()]
+    assert result.code == 0
+    assert [line for line in lines if line.startswith(("queued", "running", "retr", "publ"))] == [
+        "queued try 1",
+        "running try 1",
+        "retrying try 2 no answer",
+        "running try 2",
+        "published try 2",
+    ]  # fmt: skip
+    assert "commit: https://hub/c" in result.out
+    assert "shard 2 is truncated" in result.out
+    assert "other" not in result.out
+    value = ckptd("jobs", "history", "--step", 4000, "--json").value
+    assert [len(told["history"]) for told in value["jobs"]] == [5, 1]
+    assert [seen["verdict"] for seen in value["sightings"]] == ["refused"]
+
+
+@pytest.mark.usefixtures("old_store")
+def test_history_of_nothing(ckptd: Call) -> None:
+    """Without run and step there is no question; an unknown step is no error."""
+    assert ckptd("jobs", "history").code == 2
+    assert ckptd("jobs", "history", "--step", 1).code == 0

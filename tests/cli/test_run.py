@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ckptd import errors
+from ckptd.checkpoint.header import FileStamp
 from ckptd.hub.local import server
 from ckptd.runner import output as runner_output
 from tests.cli.conftest import Call, Make
@@ -28,13 +29,13 @@ def _names(folder: Path) -> set[str]:
 
 def test_output(ckptd: Call, checkpoint: Path, silent_definition: Path) -> None:
     """The output holds the same bytes in new shards, with what travels and where it is from."""
-    before = {path: path.stat() for path in checkpoint.iterdir()}
+    before = {path: FileStamp.of(path.stat()) for path in checkpoint.iterdir()}
     result = ckptd("run", checkpoint, "-p", silent_definition, "-o", "out")
     assert result.code == 0, result
     assert _tensors(Path("out")) == _tensors(checkpoint)
     assert {"config.json", "tokenizer_config.json", "ckptd.json"} <= _names(Path("out"))
     assert not {"optimizer.pt", "strange.xyz"} & _names(Path("out"))
-    assert {path: path.stat() for path in checkpoint.iterdir()} == before
+    assert {path: FileStamp.of(path.stat()) for path in checkpoint.iterdir()} == before
     assert not Path(".ckptd-out").exists()
 
 

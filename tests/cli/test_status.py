@@ -19,6 +19,7 @@ from ckptd.telemetry.status import (
     DaemonStatus,
     DefinitionStatus,
     JobStatus,
+    LimitStatus,
     Phase,
     PinStatus,
     WatchStatus,
@@ -79,6 +80,11 @@ def _write(state_path: Path, *, pid: int, late_s: float = 0) -> None:
         pins=PinStatus(
             num_pins=3, held_bytes=12_000_000, limit_bytes=500_000_000_000, max_age_s=7 * 86_400
         ),
+        limits=(
+            LimitStatus(name="min_free", value="2 GB", now="1 GB free", reached=True),
+            LimitStatus(name="max_queued", value="1000", now="3 unfinished"),
+            LimitStatus(name="nice", value="10"),
+        ),
     )
     state_path.mkdir(parents=True, exist_ok=True)
     (state_path / STATUS_NAME).write_text(status.to_json())
@@ -105,6 +111,8 @@ def test_running(ckptd: Call, state_path: Path) -> None:
         "is broken",
         "2 checkpoints, 1 settling",
         "pins: 3, holding 12 MB of 500 GB; those of failed and held jobs go after 168h00m",
+        "held back by min_free: 2 GB, 1 GB free",
+        "limits: max_queued 1000 (3 unfinished), nice 10",
     ):
         assert text in out
 

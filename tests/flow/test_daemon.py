@@ -145,7 +145,7 @@ def test_killed_at_any_moment_it_ends_in_exactly_one_commit(
 def test_sigterm_gives_the_job_back_and_the_next_start_finishes_it(node: Deployment) -> None:
     """An orderly stop in the middle of an upload loses nothing and blames nobody."""
     node.define()
-    node.start()
+    node.start(CKPTD_STOP_GRACE="0s")
     stopped: list[int] = []
 
     def stall(request):  # type: ignore[no-untyped-def]

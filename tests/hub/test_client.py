@@ -59,7 +59,7 @@ async def test_a_silent_server_is_given_up(silent: str) -> None:
     timeouts = session.Timeouts(read_s=0.1)
     made = client.HubClient(endpoint=silent, token="hf_x", timeouts=timeouts)
     with anyio.fail_after(10), pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
-        await made.is_private(REPO)
+        await made.repo(REPO)
 
 
 async def test_a_cancelled_call_ends_at_once(silent: str) -> None:
@@ -67,7 +67,7 @@ async def test_a_cancelled_call_ends_at_once(silent: str) -> None:
     timeouts = session.Timeouts(read_s=1.0)
     made = client.HubClient(endpoint=silent, token="hf_x", timeouts=timeouts)
     with anyio.fail_after(0.9), anyio.move_on_after(0.05) as scope:
-        await made.is_private(REPO)
+        await made.repo(REPO)
     assert scope.cancelled_caught
 
 
@@ -81,7 +81,7 @@ async def test_nobody_listening_is_unavailable() -> None:
 async def test_what_is_absent_is_not_found(lfs: client.HubClient) -> None:
     """Repo, revision and file: each says what was looked for."""
     with pytest.raises(errors.HubNotFound, match="looking up the repo"):
-        await lfs.is_private("acme/none")
+        await lfs.repo("acme/none")
     await lfs.create_repo(REPO, private=True)
     with pytest.raises(errors.HubNotFound, match="looking up revision dev"):
         await lfs.head(REPO, "dev")
@@ -92,7 +92,7 @@ async def test_what_is_absent_is_not_found(lfs: client.HubClient) -> None:
 async def test_an_impossible_name_is_rejected(lfs: client.HubClient) -> None:
     """A repo_id that the library refuses is a final no with its reason."""
     with pytest.raises(errors.HubRejected, match="a//b"):
-        await lfs.is_private("a//b")
+        await lfs.repo("a//b")
 
 
 async def test_a_busy_namespace_does_not_spin(lfs: client.HubClient, wire: Any) -> None:
@@ -169,4 +169,4 @@ async def test_an_answer_that_is_no_json_is_named(lfs: client.HubClient, wire: A
 
     wire.on("GET", "/api/models/", page)
     with pytest.raises(errors.HubUnavailable, match="not a JSON answer"):
-        await lfs.is_private(REPO)
+        await lfs.repo(REPO)

@@ -337,7 +337,7 @@ async def test_a_rate_limit_during_the_upload_is_waited_out(bench: Bench) -> Non
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(401, errors.HubUnauthorized), (403, errors.HubForbidden), (402, errors.HubRejected)],
+    [(401, errors.HubUnauthorized), (403, errors.HubForbidden), (402, errors.HubFull)],
 )
 async def test_final_answers_are_not_repeated(
     bench: Bench, status: int, kind: type[errors.HubError]

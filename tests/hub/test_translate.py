@@ -48,7 +48,7 @@ def refused(response: httpx2.Response) -> errors.HubError:
     [
         (400, errors.HubRejected),
         (401, errors.HubUnauthorized),
-        (402, errors.HubRejected),
+        (402, errors.HubFull),
         (403, errors.HubForbidden),
         (404, errors.HubNotFound),
         (408, errors.HubUnavailable),
@@ -60,7 +60,7 @@ def refused(response: httpx2.Response) -> errors.HubError:
         (500, errors.HubUnavailable),
         (502, errors.HubUnavailable),
         (504, errors.HubUnavailable),
-        (507, errors.HubUnavailable),
+        (507, errors.HubFull),
     ],
 )
 def test_a_status_has_one_class(status: int, kind: type[errors.HubError]) -> None:
@@ -77,6 +77,11 @@ def test_a_status_has_one_class(status: int, kind: type[errors.HubError]) -> Non
 def test_absent_things_are_not_found(code: str) -> None:
     """Repo, revision and file alike: 404 with the Hub's error code."""
     assert type(refused(answer(404, X_Error_Code=code))) is errors.HubNotFound
+
+
+def test_a_hidden_repo_is_not_found() -> None:
+    """401 with the code of an absent repo is no bad token: the repo is made then."""
+    assert type(refused(answer(401, X_Error_Code="RepoNotFound"))) is errors.HubNotFound
 
 
 def test_an_upload_link_that_expired_is_no_lack_of_permission() -> None:
@@ -131,6 +136,14 @@ def test_a_page_instead_of_json_is_unavailable() -> None:
     assert type(ours(json.JSONDecodeError("x", "y", 0))) is errors.HubUnavailable
 
 
+@pytest.mark.parametrize("exc", [KeyError("id"), TypeError("not a list"), IndexError("0")])
+def test_an_answer_of_another_form_is_the_hubs(exc: Exception) -> None:
+    """What a proxy or another server makes of an answer is not a fault of ckptd, and may pass."""
+    error = ours(exc)
+    assert type(error) is errors.HubUnavailable
+    assert "an answer of another form" in str(error)
+
+
 def test_the_unknown_stays_what_it_is() -> None:
     """A bug is not dressed as a Hub failure."""
     with pytest.raises(ZeroDivisionError), translate.translated("x"):
@@ -150,11 +163,44 @@ NOW = datetime.datetime(2030, 1, 1, 12, 0, 0, tzinfo=datetime.UTC)
         ({"Retry-After": "soon"}, None),
         ({"RateLimit": '"api";r=0;t=55', "Retry-After": "7"}, 55.0),
         ({"RateLimit": '"api";r=3;t=55', "Retry-After": "7"}, 7.0),
+        ({"RateLimit-Remaining": "0", "RateLimit-Reset": "40", "Retry-After": "7"}, 40.0),
+        ({"RateLimit-Remaining": "2", "RateLimit-Reset": "40"}, None),
+        ({"Retry-After": "1.5"}, 1.5),
+        ({"Retry-After": "²"}, None),
+        ({"Retry-After": "9" * 400}, None),
+        ({"Retry-After": "9" * 200}, translate.LONGEST_ASKED_S),
+        ({"Retry-After": "Tue, 01 Jan 2030 12:00:30 -0000"}, 30.0),
+        ({"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}, translate.LONGEST_ASKED_S),
     ],
 )
 def test_the_asked_wait(headers: dict[str, str], expected_s: float | None) -> None:
     """RateLimit counts when it is used up; Retry-After in seconds or as a date."""
     assert translate.asked_wait_s(headers, now=NOW) == expected_s
+
+
+def test_a_date_is_taken_against_the_clock_of_who_wrote_it() -> None:
+    """A clock that is hours off, here or there, does not change the wait."""
+    headers = {
+        "Date": "Mon, 01 Jan 2001 00:00:00 GMT",
+        "Retry-After": "Mon, 01 Jan 2001 00:00:09 GMT",
+    }
+    assert translate.asked_wait_s(headers) == 9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Private repository storage limit reached, please upgrade your plan",
+        "You have exceeded your storage quota",
+        "Out of storage",
+    ],
+)
+def test_a_refusal_that_names_a_quota_waits_for_room(text: str) -> None:
+    """403 means a permission, unless it says that there is no room: that is another thing to mend."""
+    error = refused(answer(403, text=text))
+    assert type(error) is errors.HubFull
+    assert error.retry is errors.Retry.WAIT
+    assert "storage or plan is used up" in str(error)
 
 
 def test_only_temporary_answers_carry_a_wait() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sqlite3
@@ -133,3 +134,29 @@ def test_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
 def _fields() -> dict[str, object]:
     given = spec()
     return {name: getattr(given, name) for name in given.__dataclass_fields__}
+
+
+def test_the_next_job_is_found_in_steps_that_grow_with_the_queue_alone(tmp_path: Path) -> None:
+    """A long queue for one branch behind a long past costs no step for each pair of them."""
+    num_jobs, num_queued = 600, 300
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 100
+        return 0
+
+    with Database(tmp_path / "jobs.sqlite3") as database:
+        for number in range(num_jobs):
+            text = str(number)
+            one = dataclasses.replace(
+                spec(), job_id=text, content_digest=text, target="acme/a@main"
+            )
+            database.enqueue(one, now=0.0)
+        past = num_jobs - num_queued
+        database._connection.execute("UPDATE jobs SET state='published' WHERE seq<=?", (past,))
+        database._connection.set_progress_handler(count, 100)
+        job = database.acquire(worker="w", lease_s=60.0, now=1.0)
+    assert job is not None
+    assert job.job_id == str(past)
+    assert steps < 100 * num_jobs

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from ckptd import errors
 from ckptd.errors import Retry
+from ckptd.jobs import failing
 from ckptd.jobs import job as jobs
-from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, RetryLimits, State
+from ckptd.jobs.failing import Failure, RetryLimits
+from ckptd.jobs.job import Job, JobSpec, Outcome, State
 
 LIMITS = RetryLimits(max_failures=3, base_s=10.0, cap_s=60.0, wait_s=600.0)
 OUTAGE = Failure(code="HubUnavailable", message="no answer", retry=Retry.LATER, exit_code=6)
@@ -186,12 +188,60 @@ def test_every_state_is_reached_and_left_as_documented() -> None:
 )
 def test_backoff_is_bounded(failures: int, jitter: float, asked_s: float | None) -> None:
     """A pause is at least half of base, as long as was asked for, and never over the cap."""
-    pause = jobs.backoff_s(failures, limits=LIMITS, jitter=jitter, asked_s=asked_s)
+    pause = failing.backoff_s(failures, limits=LIMITS, jitter=jitter, asked_s=asked_s)
     assert LIMITS.base_s / 2 <= pause <= LIMITS.cap_s
     assert pause >= min(LIMITS.cap_s, asked_s or 0.0)
 
 
 def test_backoff_doubles() -> None:
     """Without jitter, pauses double until the cap."""
-    pauses = [jobs.backoff_s(n, limits=LIMITS, jitter=1.0) for n in (1, 2, 3, 4, 5)]
+    pauses = [failing.backoff_s(n, limits=LIMITS, jitter=1.0) for n in (1, 2, 3, 4, 5)]
     assert pauses == [10.0, 20.0, 40.0, 60.0, 60.0]
+
+
+CRASHED = Failure(
+    code=failing.RUNNER_DIED, message="SIGSEGV", retry=Retry.LATER, reached=4, crashes=1
+)
+KILLED = dataclasses.replace(CRASHED, message="SIGKILL", crashes=0)
+PATIENT = RetryLimits(max_failures=50, base_s=1.0, max_crashes=3, max_losses=5)
+
+
+def _lose(job: Job, *failures: Failure) -> list[Job]:
+    """Return the job after each of `failures`, started again in between."""
+    found = []
+    for failure in failures:
+        job = jobs.fail(job, failure, limits=PATIENT, jitter=0.0, now=200.0)
+        found.append(job)
+        if job.state is State.RETRYING:
+            job = jobs.start(job, worker="w1", lease_s=30.0, now=300.0)
+    return found
+
+
+def test_a_job_that_crashes_its_runner_at_one_place_is_quarantined() -> None:
+    """The third crash ends it, with the number and the last reason; a person may try it again."""
+    found = _lose(running(), CRASHED, CRASHED, CRASHED)
+    assert [job.state for job in found] == [State.RETRYING, State.RETRYING, State.FAILED]
+    assert found[-1].reason == "quarantined after 3 lost runners: SIGSEGV"
+    again = jobs.start(jobs.retry(found[-1], now=400.0), worker="w1", lease_s=30.0, now=401.0)
+    assert _lose(again, CRASHED)[0].state is State.RETRYING
+
+
+def test_a_job_that_gets_further_is_not_blamed_for_lost_runners() -> None:
+    """However many runners are lost: while each comes further than those before, it goes on."""
+    further = [dataclasses.replace(CRASHED, reached=n) for n in range(1, 20)]
+    assert {job.state for job in _lose(running(), *further)} == {State.RETRYING}
+
+
+def test_kills_by_others_blame_the_job_later_than_crashes() -> None:
+    """A runner that was killed from outside says less about the job, but not nothing."""
+    assert [job.state for job in _lose(running(), *[KILLED] * 5)] == [State.RETRYING] * 4 + [
+        State.FAILED
+    ]
+    mixed = _lose(running(), CRASHED, KILLED, CRASHED, KILLED)
+    assert [job.state for job in mixed] == [State.RETRYING] * 4
+
+
+def test_another_failure_in_between_ends_the_row_of_lost_runners() -> None:
+    """A try that came to words was no crash."""
+    found = _lose(running(), CRASHED, CRASHED, OUTAGE, CRASHED, CRASHED)
+    assert {job.state for job in found} == {State.RETRYING}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from ckptd.errors import Retry
 from ckptd.jobs import progress
-from ckptd.jobs.job import Failure, JobSpec, Outcome, State
+from ckptd.jobs.failing import Failure
+from ckptd.jobs.job import JobSpec, Outcome, State
 from ckptd.telemetry.status import Counter, Counters, Phase
 
 MESSAGES = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import pytest
 
 from ckptd import errors
 from ckptd.errors import Retry
-from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, RetryLimits, State, job_id_of
+from ckptd.jobs.failing import Failure, RetryLimits
+from ckptd.jobs.job import Job, JobSpec, Outcome, State, job_id_of
 from ckptd.jobs.sqlite import SqliteStore
 from ckptd.jobs.store import JobStore, Sighting, Verdict
 
@@ -303,3 +304,54 @@ async def test_a_failed_job_without_its_pin_says_both(store: JobStore) -> None:
     found = await store.unpin(job.job_id, reason="its pin was 7 days old", now=200.0)
     assert found.state is State.FAILED
     assert found.reason == "no such owner; its pin was 7 days old"
+
+
+async def test_old_history_is_forgotten_and_no_job(store: JobStore) -> None:
+    """What happened to jobs that ended long ago goes; jobs stay, and so does all of live ones."""
+    old = await store.enqueue(spec("c1", target="acme/a@main"), now=100.0)
+    live = await store.enqueue(spec("c2", target="acme/b@main"), now=100.0)
+    await acquire(store, now=110.0)
+    await store.finish(old.job.job_id, PUBLISHED, worker="w1", now=120.0)
+    assert await store.forget(before=120.0) == 0
+    assert await store.forget(before=121.0) == 3
+    assert await store.history(old.job.job_id) == []
+    assert (await store.get(old.job.job_id)).state is State.PUBLISHED
+    assert (await store.enqueue(old.job.spec, now=900.0)).created is False
+    assert len(await store.history(live.job.job_id)) == 1
+
+
+async def test_a_job_that_is_not_admitted_stays_with_the_reason(store: JobStore) -> None:
+    """`admit` sees what runs, is asked in order, and what it keeps back says why."""
+    for name in ("c1", "c2", "c3"):
+        await store.enqueue(spec(name, target=f"acme/{name}@main"), now=100.0)
+    running = await acquire(store)
+    asked = []
+
+    def admit(one: JobSpec, others: Sequence[JobSpec]) -> str | None:
+        asked.append((one.name, [other.name for other in others]))
+        return "not yet" if one.name == "c2" else None
+
+    begun = await store.acquire(worker="w2", lease_s=30.0, now=111.0, admit=admit)
+    assert begun is not None
+    assert (running.spec.name, begun.spec.name) == ("c1", "c3")
+    assert asked == [("c2", ["c1"]), ("c3", ["c1"])]
+    kept = await store.get(job_id_of("c2", "d", "acme/c2@main"))
+    assert (kept.state, kept.reason, kept.updated_at) == (State.QUEUED, "not yet", 100.0)
+    assert len(await store.history(kept.job_id)) == 1
+
+
+async def test_a_clock_that_was_set_back_does_not_stop_a_retry(store: JobStore) -> None:
+    """A job that fails at a time that has not come yet any more is tried at once, not in a day."""
+    await store.enqueue(spec(), now=DAY)
+    await store.acquire(worker="w", lease_s=30.0, now=DAY)
+    failure = Failure(code="HubUnavailable", message="busy", retry=errors.Retry.LATER)
+    limits = RetryLimits()
+    job = spec().job_id
+    await store.fail(job, failure, worker="w", limits=limits, jitter=1.0, now=DAY)
+    assert await store.acquire(worker="w", lease_s=30.0, now=DAY + 0.1) is None
+    found = await store.acquire(worker="w", lease_s=30.0, now=1.0)
+    assert found is not None
+    assert found.job_id == job
+
+
+DAY = 86_400.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import stat
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ckptd import errors
-from ckptd.checkpoint import listing
+from ckptd.checkpoint import checkpoint, content, listing
 from ckptd.jobs import progress
 from ckptd.jobs.job import State
 from tests.runner.conftest import (
@@ -81,6 +82,12 @@ def test_provenance_says_where_the_model_comes_from(bench) -> None:
     assert [weight["name"] for weight in value["weights"]] == sorted(
         path.name for path in bench.out.glob("*.safetensors")
     )
+    recorded = {f["name"]: (f["nbytes"], f["sha256"]) for f in value["files"]}
+    assert recorded == {
+        name: (len(raw), hashlib.sha256(raw).hexdigest())
+        for name, raw in contents(bench.out).items()
+        if not name.endswith(".safetensors") and name not in {"ckptd.json", "README.md"}
+    }
     assert value["total_size"] == sum(array.nbytes for array in tensors().values())
     assert outcome.reports["job"] == {"reused_shards": 0}
 
@@ -252,3 +259,22 @@ def test_work_is_a_value(bench) -> None:
     """A job is described by an immutable value, so that it can be tried again."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         bench.work().run = "other"
+
+
+def test_after_a_restart_of_the_machine_the_source_is_hashed_again(bench) -> None:
+    """Names, sizes and times are right, the bytes are zeros: the job is void, not published."""
+    source = checkpoint.open_checkpoint(bench.source)
+    digest = content.digest(checkpoint.identifying_files(source))
+    fingerprint = listing.list_files(bench.source).fingerprint_id
+    known = {"content_digest": digest, "fingerprint": fingerprint, "is_digest_durable": False}
+    assert bench.run(**known).state is State.HELD
+
+    weights_path = bench.source / "model.safetensors"
+    before = weights_path.stat()
+    with weights_path.open("r+b") as file:
+        file.seek(before.st_size - 100)
+        file.write(bytes(100))
+    os.utime(weights_path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert listing.list_files(bench.source).fingerprint_id == fingerprint
+    with pytest.raises(errors.SourceChanged, match=r"expected sha256:"):
+        bench.run(**known)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 
 import pytest
 
@@ -33,7 +35,8 @@ def test_an_empty_folder_has_nothing_finished(plan, tmp_path) -> None:
     staging = Staging(tmp_path / "new" / "deep")
     assert staging.resume(plan, hashed=False) == {}
     assert list(staging.out_path.iterdir()) == []
-    assert json.loads((staging.work_path / "ledger.jsonl").read_text()) == {"plan": plan.digest}
+    (head,) = map(json.loads, (staging.work_path / "ledger.jsonl").read_text().splitlines())
+    assert head["plan"] == plan.digest
 
 
 def test_finished_files_are_found_again(staging, plan) -> None:
@@ -134,3 +137,80 @@ def test_removing_twice_is_as_good_as_once(staging) -> None:
     staging.remove()
     staging.remove()
     assert not staging.work_path.exists()
+
+
+@pytest.fixture
+def hashed(staging, plan) -> Staging:
+    """The same, with the sha256 of every file noted, as a job that pushes leaves it."""
+    for shard in plan.shards:
+        staging.announce(_finished(staging, shard))
+        staging.record(_finished(staging, shard))
+    return staging
+
+
+def _finished(staging, shard):
+    path = staging.out_path / shard.name
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FinishedShard(name=shard.name, path=path, nbytes=shard.nbytes, sha256=sha256)
+
+
+def _zero_the_data(path, shard) -> None:
+    """Leave what a file system may after a power loss: length and first page, then zeros."""
+    content = path.read_bytes()[: len(shard.head)]
+    stat = path.stat()
+    with path.open("r+b") as file:
+        file.write(content + bytes(shard.nbytes - len(content)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_killed_between_a_files_name_and_its_line_it_is_kept(hashed, plan) -> None:
+    """The sha256 was noted before: the file is compared with it, not made again."""
+    ledger = hashed.work_path / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    before = [(hashed.out_path / shard.name).stat().st_ino for shard in plan.shards]
+    found = hashed.resume(plan, hashed=True)
+    assert [found[shard.name].path.stat().st_ino for shard in plan.shards] == before
+
+
+@pytest.mark.parametrize("lines", [1, 2])
+def test_a_zeroed_file_does_not_count(lines, hashed, plan) -> None:
+    """Size, header and time may be right: neither with its line nor without it is it taken."""
+    ledger = hashed.work_path / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-1]))
+    shard = plan.shards[-1]
+    if lines == 2:
+        hashed.record(_finished(hashed, shard))
+    _zero_the_data(hashed.out_path / shard.name, shard)
+    assert shard.name not in hashed.resume(plan, hashed=True)
+    assert not (hashed.out_path / shard.name).exists()
+
+
+def test_after_a_restart_of_the_machine_every_file_is_compared(hashed, plan) -> None:
+    """Stamps prove nothing then: bytes that the disk lost show in the sha256, all others are kept."""
+    after = Staging(hashed.work_path, boot_id="another")
+    assert len(after.resume(plan, hashed=True)) == len(plan.shards)
+
+    ledger = hashed.work_path / "ledger.jsonl"
+    shard = plan.shards[4]
+    _zero_the_data(hashed.out_path / shard.name, shard)
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()]
+    stat = (hashed.out_path / shard.name).stat()
+    for line in lines:  # the stamp that a file system gives back with the old metadata
+        if line.get("shard") == shard.name:
+            line.update(mtime_ns=stat.st_mtime_ns, ctime_ns=stat.st_ctime_ns)
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = Staging(hashed.work_path, boot_id="a third").resume(plan, hashed=True)
+    assert found.keys() == {other.name for other in plan.shards} - {shard.name}
+
+
+def test_after_a_restart_of_the_machine_a_file_without_a_hash_is_made_again(staging, plan) -> None:
+    """Nothing can show that it is what was written."""
+    assert Staging(staging.work_path, boot_id="another").resume(plan, hashed=False) == {}
+
+
+@pytest.mark.parametrize("size", [0, 8])
+def test_an_empty_file_under_its_name_does_not_count(size, hashed, plan) -> None:
+    """What a file system without ordered data leaves of a file that was renamed."""
+    shard = plan.shards[0]
+    (hashed.out_path / shard.name).write_bytes(bytes(size))
+    assert shard.name not in hashed.resume(plan, hashed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ckptd import errors
 from ckptd.jobs.job import State
 from ckptd.plan.draft import Verification
 from ckptd.runner import verification
+from ckptd.runner.evaluator import DeviceFailed
 from tests.models.loading import quantized_files
 from tests.runner.conftest import Bench
 
@@ -177,3 +179,40 @@ def test_a_source_that_does_not_load_is_a_problem(llama: Bench) -> None:
     absent = llama.root / "absent"
     verdict = verification.verify(llama.source, wanted, source_path=absent, device="cpu")
     assert "cannot be compared" in verdict.problems[0]
+
+
+WANTED = Verification(
+    forward=True, tokens=(), compare=False, tolerance=0.0, generate=0, on_failure="fail"
+)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is a GPU that is full; the CPU is what it was."""
+    run = verification._run
+    room = iter([False])
+
+    def full(model, ids):
+        if not next(room, True):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return run(model, ids)
+
+    monkeypatch.setattr(verification, "_run", full)
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_a_full_gpu_says_nothing_about_the_model(llama: Bench) -> None:
+    """With device: auto the CPU gives the verdict, and a note says why."""
+    wanted = dataclasses.replace(WANTED, on_failure="fail")
+    verdict = verification.verify(llama.source, wanted, source_path=llama.source, device="auto")
+    assert verdict.problems == ()
+    assert "verified on the CPU" in verdict.notes[0]
+    assert verdict.facts["logits"]["shape"] == [1, 16, 61]
+
+
+@pytest.mark.usefixtures("small_gpu")
+def test_a_full_gpu_that_was_asked_for_is_tried_later(llama: Bench) -> None:
+    """The failure names the device and what it had no room for; no verdict is given."""
+    wanted = dataclasses.replace(WANTED, on_failure="hold_push")
+    with pytest.raises(DeviceFailed, match=r"Tried to allocate 3\.00 GiB"):
+        verification.verify(llama.source, wanted, source_path=llama.source, device="cpu")

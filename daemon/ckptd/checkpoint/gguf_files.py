@@ -66,9 +66,14 @@ def beside(path: Path) -> Listing:
     files = [
         dataclasses.replace(listing.list_files(path.parent / name).files[0], relpath=name)
         for name in sorted(names)
-        if (path.parent / name).is_file()
+        if (path.parent / name).is_file() and (name == path.name or _stays(path.parent / name))
     ]
     return Listing(path=path.parent, base_path=path.parent, files=tuple(files))
+
+
+def _stays(path: Path) -> bool:
+    """Whether what is at `path` lies in the same folder: a link could lead anywhere."""
+    return path.resolve().parent == path.parent.resolve()
 
 
 def are_in(names: Sequence[str]) -> bool:

@@ -128,6 +128,8 @@ def parse(raw: bytes, *, path: Path, stamp: FileStamp) -> Header:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointCorrupt("__metadata__ must map strings to strings", path=path)
+    if b"\\u" in raw and not all(_is_text(key) and _is_text(v) for key, v in metadata.items()):
+        raise CheckpointCorrupt("__metadata__ is not valid Unicode", path=path)
     data_offset = _LENGTH_BYTES + len(raw)
     tensors = [_stored(name, entry, path, data_offset) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.extent.offset, tensor.extent.nbytes))

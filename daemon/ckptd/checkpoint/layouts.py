@@ -7,13 +7,12 @@ is written last, and where the weights are. `recognise` answers with the reason,
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ckptd.checkpoint import adapter_files, parts
+from ckptd.checkpoint import adapter_files, index, parts
 from ckptd.checkpoint.consolidate import (
     dcp,
     dcp_safetensors,
@@ -25,7 +24,7 @@ from ckptd.checkpoint.consolidate import (
 )
 from ckptd.checkpoint.consolidate.gathered import Family, has_plain_weights
 from ckptd.checkpoint.listing import Listing
-from ckptd.errors import CheckpointUnsupported
+from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 
 TRAINER_STATE_NAME = "trainer_state.json"
 _ADAPTER_FOLDERS = ("", "model/", "lora_adapter/", "actor/lora_adapter/")
@@ -88,8 +87,8 @@ class HfTrainer:
         if TRAINER_STATE_NAME not in {file.relpath for file in listing.files}:
             return Marker(name=TRAINER_STATE_NAME, problem="not written yet")
         try:
-            step = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("global_step")
-        except (ValueError, AttributeError, RecursionError):
+            step = index.read_json(path / TRAINER_STATE_NAME).get("global_step")
+        except CheckpointCorrupt:
             return Marker(name=TRAINER_STATE_NAME, problem="not whole JSON yet")
         folder = _STEP_FOLDER.match(folder_name)
         if folder and step != int(folder[1]):
@@ -243,9 +242,9 @@ LAYOUTS: dict[str, Layout] = {
     "peft": Peft(),
     parts.DIFFUSERS: Diffusers(),
     **{name: Consolidated(family) for name, family in FAMILIES.items()},
+    "gguf": GgufModel(),
     parts.FLAT: FlatFile(),
     "hf-trainer": HfTrainer(),
-    "gguf": GgufModel(),
     "hf": HfFolder(),
 }
 """In the order in which they are asked."""
@@ -310,9 +309,13 @@ def family_of(folder_name: str, listing: Listing, layout: str = "auto") -> Famil
 
 def step_of(path: Path, folder_name: str) -> int | None:
     """Return the training step that trainer_state.json or the folder's name gives, if any."""
+    state_path = path / TRAINER_STATE_NAME
+    step = None
     try:
-        step = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("global_step")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        # A link may lead out of the folder, and a FIFO would be read for ever.
+        if state_path.is_file() and not state_path.is_symlink():
+            step = index.read_json(state_path).get("global_step")
+    except (OSError, CheckpointCorrupt):
         step = None
     if type(step) is int:
         return step

@@ -13,6 +13,7 @@ weights have come in another form (a ZeRO checkpoint, whose gathered weights are
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import errno
 import fcntl
@@ -82,7 +83,9 @@ def probe(root: Path) -> PinMethod:
     folder = root / FOLDER_NAME
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        source, target = folder / f".probe-{os.getpid()}", folder / f".probed-{os.getpid()}"
+        _sweep_probes(folder)
+        mine = f"{os.uname().nodename}-{os.getpid()}"
+        source, target = folder / f".probe-{mine}", folder / f".probed-{mine}"
         source.write_bytes(b"x" * 4096)
     except OSError as error:
         raise StorageFailed(
@@ -102,6 +105,14 @@ def probe(root: Path) -> PinMethod:
         return PinMethod.OPEN_FILES if open_files.works(folder) else PinMethod.COPY
     finally:
         source.unlink(missing_ok=True)
+
+
+def _sweep_probes(folder: Path) -> None:
+    """Remove what a probe left whose process was killed on this host."""
+    for path in folder.glob(f".prob*-{os.uname().nodename}-*"):
+        pid = path.name.rpartition("-")[2]
+        if not Path(f"/proc/{pid}").exists():
+            path.unlink(missing_ok=True)
 
 
 def wanted(relpath: str, family: Family | None = None) -> bool:
@@ -187,7 +198,13 @@ def missing(pin_path: Path, listing: Listing) -> tuple[str, ...]:
 
 
 def release(pin_path: Path) -> None:
-    """Remove the pin; nothing happens if it is gone already."""
+    """Remove the pin, and last of it what says whose it is; nothing happens if it is gone already."""
+    with contextlib.suppress(OSError):
+        for path in pin_path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != origin.NAME:
+                path.unlink(missing_ok=True)
     shutil.rmtree(pin_path, ignore_errors=True)
 
 

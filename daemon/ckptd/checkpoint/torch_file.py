@@ -124,6 +124,8 @@ def _read_archive(
         )
     if pickled.file_size > inert.MAX_PICKLE_BYTES:
         raise CheckpointCorrupt("its pickle is too large", path=path, found=f"{pickled.file_size}")
+    if len({member.filename for member in members}) != len(members):
+        raise CheckpointCorrupt("a name stands twice in the archive", path=path, hint=_DAMAGED)
     storages: dict[str, Extent] = {}
     raw = b""
     for member in members:
@@ -171,8 +173,8 @@ class _Part(io.RawIOBase):
 
     def at(self, place: int, nbytes: int) -> bytes:
         """Return `nbytes` from `place` on, fewer at the end."""
-        wanted = max(0, min(nbytes, self.nbytes - place))
-        return os.pread(self._fd, wanted, self._offset + place)
+        wanted = min(nbytes, self.nbytes - place)
+        return os.pread(self._fd, wanted, self._offset + place) if wanted > 0 else b""
 
     def readable(self) -> bool:
         """Say yes."""

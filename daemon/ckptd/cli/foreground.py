@@ -101,6 +101,7 @@ def _work(
         byte_budget=request.settings.byte_budget,
         num_threads=request.settings.threads,
         cache=request.settings.cache,
+        upload_limit=request.settings.upload_limit,
         base_place=None if base is None else base[0],
         base_digest=None if base is None else base[1],
         hub_patience=Backoff(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,14 +19,22 @@ from ckptd.cli.output import Output
 if TYPE_CHECKING:
     from ckptd.jobs.database import Database
     from ckptd.jobs.job import Job, Outcome
-    from ckptd.jobs.store import Sighting
+    from ckptd.jobs.store import Moment, Sighting
 
 JobId = Annotated[str, typer.Argument(metavar="ID", help="Job id, or the beginning of one.")]
 JobOrFolder = Annotated[
     str,
     typer.Argument(metavar="ID", help="Job id, the beginning of one, or a checkpoint's folder."),
 ]
+OfRun = Annotated[
+    str | None, typer.Option("--run", metavar="NAME", help="Only checkpoints of this run.")
+]
+OfStep = Annotated[
+    int | None, typer.Option("--step", metavar="N", help="Only checkpoints of this training step.")
+]
 _REASON_CHARS = 60
+_LASTING = ("commit", "pull request", "git tag", "output")
+_NUMBER = re.compile(r"\d+")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,9 +48,16 @@ def add_to(app: typer.Typer) -> None:
         epilog=arguments.examples(
             "ckptd jobs ls",
             "ckptd jobs ls --state failed --state waiting",
+            "ckptd jobs ls --run llama-sft --step 4000",
             "ckptd jobs ls --all --json",
         )
     )(ls)
+    group.command(
+        epilog=arguments.examples(
+            "ckptd jobs history --run llama-sft --step 4000",
+            "ckptd jobs history --step 4000 --json",
+        )
+    )(history)
     group.command(
         epilog=arguments.examples("ckptd jobs info 3f2a", "ckptd jobs info /runs/a/checkpoint-500")
     )(info)
@@ -60,6 +77,8 @@ def ls(
     limit: Annotated[
         int | None, typer.Option(min=1, help="The newest so many jobs. Default: all.")
     ] = None,
+    run: OfRun = None,
+    step: OfStep = None,
     settings: SettingsFile = None,
     state_dir: StateFolder = None,
     as_json: Json = False,
@@ -73,8 +92,8 @@ def ls(
             output.value({"jobs": []} | ({"sightings": []} if everything else {}))
         return
     with database:
-        found = database.list(states=states, limit=limit)
-        sightings = [s for s in database.sightings() if s.job_id is None] if everything else []
+        found = database.list(states=states, limit=limit, run=run, step=step)
+        sightings = _without_job(database, run=run, step=step) if everything else []
     if as_json:
         value: dict[str, Any] = {"jobs": [_summary(job) for job in found]}
         output.value(value | ({"sightings": sightings} if everything else {}))
@@ -82,7 +101,8 @@ def ls(
     if found:
         _print_jobs(found, output)
     else:
-        output.talk("no jobs" + (" in that state" if state else " yet"))
+        chosen = state or run is not None or step is not None
+        output.talk("no such jobs" if chosen else "no jobs yet")
     if sightings:
         output.data()
         _print_sightings(sightings, output)
@@ -105,9 +125,9 @@ def info(
         return
     with _require(settings, state_dir) as database:
         job = database.get(job_id)
-        history = database.history(job.job_id)
+        moments = database.history(job.job_id)
     if as_json:
-        output.value({"job": job, "history": history})
+        output.value({"job": job, "history": moments})
         return
     spec, waits = job.spec, job.next_try_at is not None
     output.fields(
@@ -129,9 +149,42 @@ def info(
         | outcome_fields(job.outcome)
     )
     output.data()
-    for moment in history:
-        why = f"  {moment.reason}" if moment.reason else ""
-        output.data(f"{_when(moment.at)}  {moment.state.value:<9}  try {moment.attempt}{why}")
+    _tell_moments(moments, output)
+
+
+def history(
+    run: OfRun = None,
+    step: OfStep = None,
+    settings: SettingsFile = None,
+    state_dir: StateFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Tell all that happened to the checkpoints of a run or step, job by job, oldest first.
+
+    Checkpoints that got no job are told, too, with the reason.
+    """
+    if run is None and step is None:
+        raise errors.UsageError("whose history?", hint="name --run, --step or both")
+    output = Output(as_json=as_json)
+    with _require(settings, state_dir) as database:
+        stories = [(job, database.history(job.job_id)) for job in database.list(run=run, step=step)]
+        sightings = _without_job(database, run=run, step=step)
+    if as_json:
+        told = [{"job": job, "history": moments} for job, moments in stories]
+        output.value({"jobs": told, "sightings": sightings})
+        return
+    if not stories and not sightings:
+        output.talk("nothing is known of it; `ckptd jobs ls --all` shows what is")
+    for job, moments in stories:
+        spec = job.spec
+        output.data(f"job {job.job_id}: {spec.source_path}, step {spec.step}, by {spec.pipeline}")
+        _tell_moments(moments, output)
+        ended = {key: v for key, v in outcome_fields(job.outcome).items() if key in _LASTING}
+        for name, value in ended.items():
+            if value is not None:
+                output.data(f"  {name}: {value}")
+    if sightings:
+        _print_sightings(sightings, output)
 
 
 def retry(
@@ -205,6 +258,25 @@ def _tell_seen(path: str, database: Database, output: Output) -> None:
                 "seen": _when(one.at),
             }
         )
+
+
+def _tell_moments(moments: Sequence[Moment], output: Output) -> None:
+    for moment in moments:
+        why = f"  {moment.reason}" if moment.reason else ""
+        output.data(f"{_when(moment.at)}  {moment.state.value:<9}  try {moment.attempt}{why}")
+
+
+def _without_job(database: Database, *, run: str | None, step: int | None) -> list[Sighting]:
+    """Return checkpoints that got no job; they are known by path alone: `.../RUN/NAME-STEP`."""
+    found = []
+    for sighting in database.sightings():
+        path = Path(sighting.source_path)
+        numbers = _NUMBER.findall(path.name)
+        of_run = run is None or run in path.parts
+        of_step = step is None or (bool(numbers) and int(numbers[-1]) == step)
+        if sighting.job_id is None and of_run and of_step:
+            found.append(sighting)
+    return found
 
 
 def _tell_moved(job: Job, output: Output) -> None:

@@ -25,7 +25,9 @@ from ckptd.cli import (
     serve,
     status,
     validate,
+    verify_remote,
 )
+from ckptd.cli.doctor import command as doctor
 from ckptd.cli.output import Output
 
 app = typer.Typer(
@@ -40,7 +42,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (serve, run, plan, inspect, validate, jobs, status, bench, hub, demonstrate, schema):
+GROUPS = (
+    serve,
+    run,
+    plan,
+    inspect,
+    validate,
+    jobs,
+    status,
+    bench,
+    verify_remote,
+    doctor,
+    hub,
+    demonstrate,
+    schema,
+)
+for group in GROUPS:
     group.add_to(app)
 
 

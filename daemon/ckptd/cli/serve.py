@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -60,16 +59,18 @@ def _serve(settings: Settings) -> None:
     import structlog
 
     from ckptd import settings as all_settings
+    from ckptd.hub import token_places
     from ckptd.service import daemon
     from ckptd.service.notify import Notifier
-    from ckptd.telemetry import logs
+    from ckptd.telemetry import crashes, logs
 
     _require_definition(settings.pipelines_dir)
+    crashes.contain()
     logs.configure(
         sys.stdout,
         output=settings.log_format,
         level=settings.log_level,
-        secrets=_secrets(),
+        secrets=token_places.texts(),
     )
     log = structlog.get_logger()
     given = {k: v for k, v in os.environ.items() if k != failures.DEBUG_VARIABLE}
@@ -84,15 +85,6 @@ def _serve(settings: Settings) -> None:
     )
     served = daemon.Daemon(settings, endpoint=endpoint, notifier=Notifier())
     anyio.run(daemon.run_until_signal, served)
-
-
-def _secrets() -> list[str]:
-    """Return the token wherever it comes from, so that no log shows it, whatever it looks like."""
-    found = [os.environ.get("HF_TOKEN", "")]
-    if path := os.environ.get("HF_TOKEN_PATH"):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            found.append(Path(path).read_text().strip())
-    return [text for text in found if text]
 
 
 def _require_definition(folder: Path) -> None:

@@ -18,7 +18,7 @@ from ckptd.cli.arguments import Json, SettingsFile, StateFolder
 from ckptd.cli.output import Output, plain
 
 if TYPE_CHECKING:
-    from ckptd.telemetry.status import DaemonStatus, JobStatus
+    from ckptd.telemetry.status import DaemonStatus, JobStatus, LimitStatus
 
 WATCH_S = 1.0
 """Seconds between two looks of `--watch`."""
@@ -92,6 +92,7 @@ def _describe(found: DaemonStatus) -> list[str]:
             f"{units.format_bytes(found.pins.limit_bytes)}; those of failed and held jobs go after "
             f"{units.format_duration(found.pins.max_age_s)}"
         )
+    lines += _limits(found.limits)
     if not found.definitions:
         lines.append("definitions: none; put one into the pipelines.d folder")
     for definition in found.definitions:
@@ -106,6 +107,18 @@ def _describe(found: DaemonStatus) -> list[str]:
             f"{place.num_candidates} checkpoints, {place.num_settling} settling{problem}"
         )
     return lines
+
+
+def _limits(limits: tuple[LimitStatus, ...]) -> list[str]:
+    """Say what holds work back, each on its own line, and the other limits on one."""
+    reached = [f"held back by {limit.name}: {limit.value}, {limit.now}"
+               for limit in limits if limit.reached]  # fmt: skip
+    told = [
+        f"{limit.name} {limit.value}" + (f" ({limit.now})" if limit.now else "")
+        for limit in limits
+        if not limit.reached
+    ]
+    return reached + ([f"limits: {', '.join(told)}"] if told else [])
 
 
 def _job(job: JobStatus) -> list[str]:

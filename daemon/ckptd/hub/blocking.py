@@ -31,7 +31,7 @@ class BlockingPublisher:
             `private` holds only for a repo that this push makes.
         push_id: see `push.push_id`; the same id never makes a second commit.
         endpoint: base URL of the Hub; None takes HF_ENDPOINT or the public Hub.
-        token: None takes HF_TOKEN or the stored login.
+        token: None takes what `tokens` finds.
         report: is told what happens, from the event loop's thread; must not block.
         patience: how often and how long failures that may pass are retried.
     """
@@ -132,7 +132,7 @@ class BlockingPublisher:
 
 async def _exists(hub: HubClient, repo_id: str) -> bool:
     try:
-        await hub.is_private(repo_id)
+        await hub.repo(repo_id)
     except errors.HubNotFound:
         return False
     return True

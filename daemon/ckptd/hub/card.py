@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ruamel.yaml.error import YAMLError
-
 from ckptd import errors
 from ckptd.hub import front_matter
 
@@ -41,6 +39,8 @@ _NO_BASE_BODY = "[None](https://huggingface.co/None)"
 """What TRL writes into a card where it knows no repo, or no base model."""
 _NO_TITLE = "# Model Card for Model ID\n"
 """The title of PEFT's template."""
+_MAX_VALUES = 200_000
+"""Values of a front matter, aliases written out; the results of hundreds of tasks have 20,000."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +157,9 @@ def _load(front: str) -> dict[str, Any]:
     """Return the front matter as plain values."""
     try:
         data = front_matter.load(front)
-    except YAMLError as exc:
+    except front_matter.BROKEN as exc:
         raise _refused(f"its front matter is not valid YAML: {_one_line(exc)}") from exc
+    _require_bounded(data)
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -266,5 +267,20 @@ def _refused(why: str) -> errors.HubRejected:
     )
 
 
-def _one_line(exc: YAMLError) -> str:
+def _require_bounded(data: Any) -> None:
+    """Refuse aliases that make a few lines into millions of values, or a value hold itself."""
+    left = _MAX_VALUES
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        left -= 1
+        if left < 0:
+            raise _refused(f"its front matter has more than {_MAX_VALUES:,} values")
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+
+
+def _one_line(exc: Exception) -> str:
     return " ".join(str(exc).split())[:300]

@@ -12,56 +12,26 @@ for as long. An abandoned write may still happen on the Hub; publishing is idemp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
-from huggingface_hub import HfApi, get_session, get_token
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._http import hf_raise_for_status
 from huggingface_hub.utils._pagination import paginate
 
 from ckptd import __version__, errors
-from ckptd.hub import ledger, push, session, transfer, translate
+from ckptd.hub import ledger, push, session, tokens, transfer, translate
+from ckptd.hub.facts import Account, Commit, PullRequest, RepoFacts
+from ckptd.telemetry import logs
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
-    """Whose token it is; `role` is `read`, `write`, `fineGrained`, or empty where unknown."""
-
-    name: str
-    role: str
-    token_name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """One commit of a revision; `text` is its title and description."""
-
-    oid: str
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PullRequest:
-    """One pull request; `text` is its first comment where details were asked for, else empty."""
-
-    num: int
-    title: str
-    author: str
-    status: str
-    """`draft`, `open`, `closed` or `merged`."""
-    text: str = ""
-
-    @property
-    def revision(self) -> str:
-        """The ref that holds its commits."""
-        return f"refs/pr/{self.num}"
+_NO_SUCH_ROUTE = frozenset({400, 404, 405, 410, 501})
+"""What Hubs answer to a request that they do not know."""
 
 
 def configure(timeouts: session.Timeouts | None = None) -> None:
@@ -74,9 +44,14 @@ class HubClient:
 
     Args:
         endpoint: base URL; None takes HF_ENDPOINT or the public Hub.
-        token: None takes HF_TOKEN or the stored login.
+        token: None looks where `tokens` says, again after each 401: a token that was replaced
+            meanwhile is used at once.
         max_uploads: files on their way at the same time.
         timeouts: per socket operation; they hold for the whole process.
+        upload_limit: most bytes a second, all uploads of the process together; None for no cap.
+
+    Raises:
+        errors.HubUnauthorized: the token's file may not be used, see `tokens`.
     """
 
     def __init__(
@@ -86,24 +61,38 @@ class HubClient:
         token: str | None = None,
         max_uploads: int = 4,
         timeouts: session.Timeouts | None = None,
+        upload_limit: int | None = None,
     ) -> None:
         configure(timeouts)
         base = endpoint.rstrip("/") if endpoint else None
+        self._is_given = token is not None
+        if token is None:
+            found = tokens.find()
+            token = found.text if found is not None else None
+        else:
+            logs.keep_secret(token)
+        # False: without it, the library would look for a token where `tokens` would not.
         self._api = HfApi(
-            # Named explicitly: an environment that forbids implicit tokens means other calls.
             endpoint=base,
-            token=token or get_token(),
+            token=token or False,
             library_name="ckptd",
             library_version=__version__,
         )
         self.endpoint: str = self._api.endpoint
+        session.limit_uploads(upload_limit, endpoint=self.endpoint)
         self.uploads = anyio.CapacityLimiter(max_uploads)
         """Threads that send file content."""
         self.calls = anyio.CapacityLimiter(8)
         """Threads for everything else, so that short calls never wait behind an upload."""
 
     async def whoami(self) -> Account:
-        """Return the account behind the token (asked once per client)."""
+        """Return the account behind the token (asked once per client).
+
+        Raises:
+            errors.HubUnauthorized: there is no token, or it is not (any more) a good one.
+        """
+        if self._api.token is False:
+            raise translate.no_token("checking the token")
         answer: Mapping[str, Any] = await self._call(
             "checking the token", lambda: self._api.whoami(cache=True)
         )
@@ -114,12 +103,12 @@ class HubClient:
             token_name=str(token.get("displayName") or ""),
         )
 
-    async def is_private(self, repo_id: str) -> bool:
-        """Return the repo's visibility. Raises errors.HubNotFound when there is no such repo."""
+    async def repo(self, repo_id: str) -> RepoFacts:
+        """Return what the repo is. Raises errors.HubNotFound when there is no such repo."""
         info = await self._call(
             "looking up the repo", lambda: self._api.repo_info(repo_id), repo_id=repo_id
         )
-        return bool(info.private)
+        return RepoFacts(repo_id=str(info.id), is_private=bool(info.private))
 
     async def create_repo(self, repo_id: str, *, private: bool | None) -> None:
         """Make a model repo. Raises errors.HubConflict when it exists or is just being made."""
@@ -173,7 +162,11 @@ class HubClient:
         )
 
     async def validate_card(self, repo_id: str, text: str) -> None:
-        """Let the Hub check a model card. Raises errors.HubRejected with what it does not like."""
+        """Let the Hub check a model card, where it checks any.
+
+        Raises:
+            errors.HubRejected: with what it does not like.
+        """
 
         def check() -> None:
             response = get_session().post(
@@ -183,10 +176,14 @@ class HubClient:
             )
             hf_raise_for_status(response)
 
-        await self._call("checking README.md", check, repo_id=repo_id)
+        try:
+            await self._call("checking README.md", check, repo_id=repo_id)
+        except errors.HubError as error:
+            if error.status == 400 or error.status not in _NO_SUCH_ROUTE:
+                raise
 
     async def serves_xet(self, repo_id: str, revision: str, *, create_pr: bool) -> bool:
-        """Say whether this Hub gives Xet upload tokens for the revision; False on 404.
+        """Say whether this Hub gives Xet upload tokens for the revision; False where it knows none.
 
         Raises:
             errors.HubForbidden: the token may not write there: known before anything is uploaded.
@@ -195,7 +192,9 @@ class HubClient:
         url = f"{self.endpoint}/api/models/{repo_id}/xet-write-token/{where}"
         try:
             await self._call("asking for an upload token", lambda: self._get(url), repo_id=repo_id)
-        except errors.HubNotFound:
+        except errors.HubError as error:
+            if error.status not in _NO_SUCH_ROUTE:
+                raise
             return False
         return True
 
@@ -265,7 +264,7 @@ class HubClient:
         return await self._call(
             f"listing the commits of {revision}",
             lambda: [
-                Commit(oid=item["id"], text=f"{item['title']}\n{item['message']}")
+                Commit(oid=item["id"], text=f"{item['title']}\n{item.get('message') or ''}")
                 for item in islice(paginate(url, params={}, headers=self._headers()), limit)
             ],
             repo_id=repo_id,
@@ -340,11 +339,28 @@ class HubClient:
         """Run a blocking client call in a worker thread, with its errors translated."""
 
         def run() -> T:
+            used = self._api.token
+            try:
+                with translate.translated(what, repo_id=repo_id):
+                    return call()
+            except errors.HubUnauthorized:
+                if not self._has_other_token(used):
+                    raise
             with translate.translated(what, repo_id=repo_id):
                 return call()
 
         limiter = limiter if limiter is not None else self.calls
         return await anyio.to_thread.run_sync(run, limiter=limiter, abandon_on_cancel=True)
+
+    def _has_other_token(self, refused: str | bool | None) -> bool:
+        """Say whether there is another token now than the one that was refused, and take it."""
+        if self._is_given:
+            return False
+        found = tokens.find()
+        if found is None:
+            return False
+        self._api.token = found.text
+        return found.text != refused
 
     def _headers(self) -> dict[str, str]:
         return self._api._build_hf_headers()  # noqa: SLF001 - the one way to the caller's token

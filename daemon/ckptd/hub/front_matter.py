@@ -13,11 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 Value = str | tuple[str, ...]
 """What is written: a word or a sentence, or several."""
 
+BROKEN: tuple[type[Exception], ...] = (
+    YAMLError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RecursionError,
+)
+"""What the YAML reader raises: a date of no month, `!!int x` and deep nesting beside its own."""
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./+-]*")
 _RESERVED = frozenset({"true", "false", "null", "yes", "no", "on", "off", "y", "n"})
 _NULL_TAG = "tag:yaml.org,2002:null"
@@ -31,7 +40,7 @@ def load(front: str) -> Any:
     """Return the front matter as plain values.
 
     Raises:
-        ruamel.yaml.error.YAMLError: it is not YAML.
+        BROKEN: it is not YAML.
     """
     return YAML(typ="safe", pure=True).load(io.StringIO(front))
 
@@ -113,7 +122,10 @@ def replace(front: str, key: str, old: str, new: str | None) -> str:
 
 def _pair(front: str, key: str) -> tuple[Node, Node] | None:
     """Return the nodes of a top-level key and its value, with their places in the text."""
-    root = YAML(typ="safe", pure=True).compose(io.StringIO(front))
+    try:
+        root = YAML(typ="safe", pure=True).compose(io.StringIO(front))
+    except BROKEN as exc:
+        raise Uneditable("it is written in a way that cannot be edited") from exc
     if not isinstance(root, MappingNode):
         return None
     if root.flow_style:

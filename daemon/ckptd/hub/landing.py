@@ -7,11 +7,15 @@ again; and what happens to the ref between two tries is read again before each o
 
 Decision after a failure: own push id above the parent = it landed; head moved = commit again on the
 new head (stale files and card read anew, foreign files kept); neither = wait and repeat.
+
+What others commit while the push runs stays, weights included: only those that were there before,
+and those of ckptd's own pushes, are stale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import functools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptd import errors
@@ -20,6 +24,8 @@ from ckptd.hub.client import HubClient
 
 SEARCHED_COMMITS = 200
 """How far back an earlier life's commit is looked for."""
+COMPARED_COMMITS = 25
+"""Commits made during a push whose trees are compared, to tell whose weights are whose."""
 MOST_REBASES = 10
 MOST_RESENDS = 2
 """The first resend of collected uploads goes the usual way, the second one over LFS."""
@@ -60,6 +66,8 @@ class Lander:
     target: push.Target
     push_id: str
     attempts: attempts.Attempts
+    since: str | None = None
+    """The head when the push began; None where that does not matter."""
 
     async def find(
         self, revision: str, *, limit: int = SEARCHED_COMMITS, parent: str | None = None
@@ -84,6 +92,10 @@ class Lander:
         tree = {} if head is None else await self.attempts.run(lambda: self.hub.tree(repo_id, head))
         card = await card_for(head)
         deleted = ledger.stale_weights(records, tree)
+        if deleted and head is not None and self.since not in (None, head):
+            theirs = await self._of_others(revision, tree)
+            self._tell_kept(sorted(theirs.intersection(deleted)))
+            deleted = [path for path in deleted if path not in theirs]
         is_same = card is None and not deleted and not ledger.differences(records, tree)
         return Base(
             head=head,
@@ -111,8 +123,7 @@ class Lander:
         """
         found = await self.find(revision)
         if found is not None:
-            large = tuple(record for record in records if record.content is None)
-            return Landed(oid=found, created=False, records=large)
+            return _made_before(found, records)
         tries, rebases, resends = self.attempts.tries(), 0, 0
         while True:
             base = await self.base(revision, records, card_for)
@@ -132,6 +143,9 @@ class Lander:
             except (errors.HubConflict, errors.HubUnavailable) as error:
                 failure = error
             found = await self.find(revision, parent=base.head)
+            if found is not None and isinstance(failure, errors.HubConflict):
+                # A clear no to ours: another process has made the commit of the same push.
+                return _made_before(found, records)
             if found is not None:
                 return self._landed(found, base)
             head = await self.attempts.run(lambda: self.hub.head(self.target.repo_id, revision))
@@ -179,6 +193,30 @@ class Lander:
             return None
         return await self.find(revision, parent=base.head)
 
+    async def _of_others(self, revision: str, tree: Mapping[str, ledger.RemoteFile]) -> set[str]:
+        """Return the files of `tree` that others than ckptd have put there since the push began."""
+        repo_id = self.target.repo_id
+        listed = await self.attempts.run(
+            lambda: self.hub.commits(repo_id, revision, limit=COMPARED_COMMITS + 1)
+        )
+        oids = [commit.oid for commit in listed]
+        if self.since not in oids:
+            return set()  # the history was rewritten, or is too long to be told apart
+        theirs: set[str] = set()
+        before: Mapping[str, ledger.RemoteFile] | None = None
+        for commit in reversed(listed[: oids.index(self.since) + 1]):
+            after = await self.attempts.run(functools.partial(self.hub.tree, repo_id, commit.oid))
+            if before is not None:
+                changed = {path for path, file in after.items() if before.get(path) != file}
+                theirs = theirs - changed if push.is_ours(commit.text) else theirs | changed
+            before = after
+        return theirs.intersection(tree)
+
+    def _tell_kept(self, paths: Sequence[str]) -> None:
+        if paths:
+            text = f"kept {', '.join(paths)}: pushed by somebody else during this push"
+            self.attempts.report(push.HubEvent(happening=push.Happening.KEPT, text=text))
+
     def _landed(self, oid: str, base: Base) -> Landed:
         self._tell(push.Happening.COMMITTED, oid)
         return Landed(oid=oid, created=True, records=base.records, deleted=base.deleted)
@@ -195,3 +233,9 @@ class Lander:
 
     def _tell(self, happening: push.Happening, oid: str) -> None:
         self.attempts.report(push.HubEvent(happening=happening, commit=oid))
+
+
+def _made_before(oid: str, records: Sequence[ledger.Record]) -> Landed:
+    """Return a commit that this call did not make; only what is surely in it is looked for."""
+    large = tuple(record for record in records if record.content is None)
+    return Landed(oid=oid, created=False, records=large)

@@ -6,12 +6,27 @@ afterwards a hundred gigabytes have been sent. Making what is absent (repo, bran
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ckptd import errors
 from ckptd.hub import attempts, card, ledger, push
 from ckptd.hub.client import HubClient
+from ckptd.hub.facts import RepoFacts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What the checks found."""
+
+    account: str
+    """The Hub's name for whoever the token belongs to."""
+    repo_id: str
+    """The repo's name now."""
+    head: str | None
+    """The commit that the revision pointed to; None for an empty repo."""
 
 
 def is_card(file: push.LocalFile) -> bool:
@@ -40,8 +55,8 @@ class Preflight:
         """What ckptd itself says in the card, where it says anything."""
         self._valid_card: str | None = None
 
-    async def run(self) -> str:
-        """Check everything and return the account's name.
+    async def run(self) -> Opened:
+        """Check everything, make what is absent, and return what was found; safe to call again.
 
         Raises:
             errors.HubError: the first thing that stands in the way.
@@ -52,7 +67,7 @@ class Preflight:
         head = await self._ensure_revision()
         await self._check_tag(head)
         await self.card_for(head)
-        return account
+        return Opened(account=account, repo_id=self._target.repo_id, head=head)
 
     def take_local_card(self, files: Sequence[push.LocalFile]) -> None:
         """Keep the README.md of the push, if any: it is published where the revision has none."""
@@ -138,16 +153,17 @@ class Preflight:
             raise errors.HubForbidden(
                 f"the token{name} of {account.name} may only read",
                 repo_id=self._target.repo_id,
-                hint="make a token with write access and set HF_TOKEN to it",
+                hint="put one with write access in its place (HF_TOKEN_PATH or HF_TOKEN)",
             )
         return account.name
 
     async def _ensure_repo(self) -> None:
+        """Make the repo where it is absent; follow it where it was renamed."""
         repo_id = self._target.repo_id
 
-        async def once() -> tuple[bool, bool]:
+        async def once() -> tuple[RepoFacts, bool]:
             try:
-                return await self._hub.is_private(repo_id), False
+                return await self._hub.repo(repo_id), False
             except errors.HubNotFound:
                 pass
             try:
@@ -159,15 +175,22 @@ class Preflight:
                 if exc.status is not None:
                     raise
                 # Without a status only the client's reading of the answer failed: look again.
-            return await self._hub.is_private(repo_id), True
+            try:
+                return await self._hub.repo(repo_id), True
+            except errors.HubNotFound as exc:
+                text = "the repo was made a moment ago and cannot be seen yet"
+                raise errors.HubUnavailable(text, repo_id=repo_id) from exc
 
-        is_private, is_new = await self._attempts.run(once)
+        facts, is_new = await self._attempts.run(once)
         if is_new:
             self._tell(push.Happening.REPO_CREATED, repo_id)
-        if self._target.private and not is_private:
+        if facts.repo_id != repo_id:
+            self._target = dataclasses.replace(self._target, repo_id=facts.repo_id)
+            self._tell(push.Happening.REPO_MOVED, facts.repo_id)
+        if self._target.private and not facts.is_private:
             raise errors.HubRejected(
                 "private: true is asked for, but the repo is public",
-                repo_id=repo_id,
+                repo_id=facts.repo_id,
                 hint="make the repo private on the Hub, or set private to null to publish openly",
             )
 

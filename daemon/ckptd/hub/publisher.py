@@ -14,14 +14,15 @@ Needs anyio and nothing of the daemon; synchronous code enters through a blockin
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import anyio
 
 from ckptd import errors
 from ckptd.aio import backoff
-from ckptd.hub import attempts, landing, ledger, preflight, pull_request, push, session, translate
+from ckptd.hub import attempts, landing, ledger, preflight, pull_request, push, sending, session
 from ckptd.hub.client import HubClient
 from ckptd.hub.push import Happening, HubEvent, LocalFile, Publication, Target
 
@@ -30,7 +31,10 @@ __all__ = ["Happening", "HubEvent", "LocalFile", "Publication", "Publisher", "Ta
 SMALL_BYTES = 512 * 1024
 """Files below this, weights aside, wait for the commit and are asked about in one request."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-PROGRESS_EVERY_S = 0.25
+MOST_BEGINNINGS = 2
+"""Of one push: the first one, and one more after the repo or the branch went away."""
+
+T = TypeVar("T")
 
 
 class Publisher:
@@ -65,11 +69,10 @@ class Publisher:
         self._checks = preflight.Preflight(
             hub=hub, target=target, push_id=push_id, attempts=self._attempts
         )
-        self._lander = landing.Lander(
-            hub=hub, target=target, push_id=push_id, attempts=self._attempts
-        )
         self._revision = target.revision or push.MAIN
-        self._account = ""
+        self._opened: preflight.Opened | None = None
+        self._beginnings = 0
+        self._beginning = anyio.Lock()
         self._records: dict[LocalFile, ledger.Record] = {}
 
     async def open(self) -> None:
@@ -79,13 +82,15 @@ class Publisher:
             errors.HubUnauthorized, errors.HubForbidden: the token; nothing was changed or sent.
             errors.HubRejected: the target cannot be published to as it is; the text says why.
         """
-        self._account = await self._checks.run()
+        self._opened = await self._checks.run()
+        self._target = dataclasses.replace(self._target, repo_id=self._opened.repo_id)
+        self._beginnings += 1
         if session.uses_xet() and not await self._attempts.run(
             lambda: self._hub.serves_xet(
                 self._target.repo_id, self._revision, create_pr=self._target.create_pr
             )
         ):
-            self._drop_xet("this Hub does not serve Xet")
+            self._sender.drop_xet("this Hub does not serve Xet")
 
     async def upload(self, file: LocalFile) -> None:
         """Send one finished file ahead of the commit; returns when the Hub has it.
@@ -98,7 +103,7 @@ class Publisher:
             errors.HubError: see `translate`; `HubUnavailable` after the retries.
         """
         if not _is_small(file) and file not in self._records:
-            self._records[file] = await self._send(file)
+            self._records[file] = await self._despite_absence(lambda: self._sender.send(file))
 
     async def commit(
         self, files: Sequence[LocalFile], *, card_section: str | None = None
@@ -117,13 +122,21 @@ class Publisher:
         """
         self._checks.take_local_card(files)
         self._checks.card_section = card_section
-        files = [file for file in files if not preflight.is_card(file)]
+        rest = [file for file in files if not preflight.is_card(file)]
+        whole = self._propose if self._target.create_pr else self._commit
+        return await self._despite_absence(lambda: whole(rest))
+
+    async def _commit(self, files: Sequence[LocalFile]) -> Publication:
+        """Publish as a commit on the revision."""
         records = await self._gather(files)
-        if not self._target.create_pr:
-            if await self._checks.foreign_tag() is not None:
-                base = await self._lander.base(self._revision, records, self._checks.card_for)
-                await self._checks.check_tag_before_commit(base.head if base.is_same else None)
-            return await self._publish(self._revision, files, records)
+        if await self._checks.foreign_tag() is not None:
+            base = await self._lander.base(self._revision, records, self._checks.card_for)
+            await self._checks.check_tag_before_commit(base.head if base.is_same else None)
+        return await self._publish(self._revision, files, records)
+
+    async def _propose(self, files: Sequence[LocalFile]) -> Publication:
+        """Publish as a pull request, unless the revision holds exactly the files already."""
+        records = await self._gather(files)
         base = await self._lander.base(self._revision, records, self._checks.card_for)
         if base.is_same and base.head is not None:
             landed = landing.Landed(oid=base.head, created=False, records=base.records)
@@ -133,11 +146,58 @@ class Publisher:
             hub=self._hub,
             target=self._target,
             push_id=self._push_id,
-            account=self._account,
+            account=self._opened.account if self._opened is not None else "",
             attempts=self._attempts,
         )
         found = await draft.ensure()
-        return await self._publish(found.revision, files, records, draft=draft, pr_num=found.num)
+        try:
+            return await self._publish(
+                found.revision, files, records, draft=draft, pr_num=found.num
+            )
+        except (errors.HubForbidden, errors.HubRejected, errors.HubConflict):
+            await draft.require_live(found.num)
+            raise
+
+    @property
+    def _sender(self) -> sending.Sender:
+        return sending.Sender(
+            hub=self._hub, target=self._target, revision=self._revision, attempts=self._attempts
+        )
+
+    @property
+    def _lander(self) -> landing.Lander:
+        opened = self._opened
+        return landing.Lander(
+            hub=self._hub,
+            target=self._target,
+            push_id=self._push_id,
+            attempts=self._attempts,
+            since=opened.head if opened is not None and not self._target.create_pr else None,
+        )
+
+    async def _despite_absence(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Return what `call` returns; begin again, once, where repo or revision went away meanwhile.
+
+        Somebody deleted them while the push ran. They are made as a first push would make them, and
+        every file is offered once more: what the repo had taken went with it.
+
+        Raises:
+            errors.HubNotFound: they went away again, or cannot be made.
+        """
+        beginnings = self._beginnings
+        try:
+            return await call()
+        except errors.HubNotFound as error:
+            missed = error
+        async with self._beginning:
+            if self._beginnings == beginnings:
+                if beginnings >= MOST_BEGINNINGS:
+                    raise missed
+                text = f"{missed.message}: it was there before, so the push begins anew"
+                self._report(HubEvent(happening=Happening.BEGUN_AGAIN, text=text))
+                self._records.clear()
+                await self.open()
+        return await call()
 
     async def _publish(
         self,
@@ -152,7 +212,7 @@ class Publisher:
 
         async def send_again(resend: int) -> list[ledger.Record]:
             if resend > 1 and session.uses_xet():
-                self._drop_xet("the Xet storage does not keep what it confirmed")
+                self._sender.drop_xet("the Xet storage does not keep what it confirmed")
             self._records.clear()
             return await self._gather(files)
 
@@ -187,10 +247,8 @@ class Publisher:
         missing = [file for file in files if file not in self._records]
         small = [file for file in missing if _is_small(file)]
         if small:
-            records = await self._attempts.run(lambda: self._try(small, _Progress()))
-            for file, record in zip(small, records, strict=True):
-                self._records[file] = record
-                self._uploaded(file)
+            records = await self._sender.send_small(small)
+            self._records.update(zip(small, records, strict=True))
         await self._upload_all(missing)
         return [self._records[file] for file in files]
 
@@ -211,92 +269,6 @@ class Publisher:
         if failures:
             raise failures[0]
 
-    async def _send(self, file: LocalFile) -> ledger.Record:
-        """Upload one file with retries, reporting its progress meanwhile."""
-        progress = _Progress()
-        failure: errors.CkptdError | None = None
-        async with anyio.create_task_group() as group:
-            group.start_soon(progress.run, file, self._report)
-            try:
-                (record,) = await self._attempts.run(lambda: self._try([file], progress))
-            except errors.CkptdError as error:
-                failure = error
-            group.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        self._uploaded(file)
-        return record
-
-    async def _try(self, files: Sequence[LocalFile], progress: _Progress) -> list[ledger.Record]:
-        """Upload once; an upload that hf_xet gave up on (after minutes) goes over LFS at once."""
-        progress.restart()
-        try:
-            return await self._upload(files, progress.add)
-        except errors.HubError as error:
-            if not translate.is_xet_failure(error):
-                raise
-            self._drop_xet(error.message)
-        progress.restart()
-        return await self._upload(files, progress.add)
-
-    async def _upload(
-        self, files: Sequence[LocalFile], meter: session.Meter
-    ) -> list[ledger.Record]:
-        return await self._hub.upload(
-            files,
-            repo_id=self._target.repo_id,
-            revision=self._revision,
-            create_pr=self._target.create_pr,
-            meter=meter,
-        )
-
-    def _uploaded(self, file: LocalFile) -> None:
-        self._report(
-            HubEvent(
-                happening=Happening.UPLOADED, path_in_repo=file.path_in_repo, nbytes=file.nbytes
-            )
-        )
-
-    def _drop_xet(self, why: str) -> None:
-        if session.uses_xet():
-            session.disable_xet()
-            self._report(HubEvent(happening=Happening.XET_OFF, text=why))
-
 
 def _is_small(file: LocalFile) -> bool:
     return file.nbytes < SMALL_BYTES and file.path.suffix not in _WEIGHTS
-
-
-class _Progress:
-    """Bytes of one upload: added in worker threads, reported from the event loop."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._sent_bytes = 0
-
-    def restart(self) -> None:
-        """Begin at zero: another try."""
-        with self._lock:
-            self._sent_bytes = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Count bytes that were handed to the network (thread-safe)."""
-        with self._lock:
-            self._sent_bytes += num_bytes
-
-    async def run(self, file: LocalFile, report: attempts.Report) -> None:
-        """Report until cancelled, whenever there is something new."""
-        told_bytes = -1
-        while True:
-            now_bytes = max(0, min(self._sent_bytes, file.nbytes))
-            if now_bytes != told_bytes:
-                told_bytes = now_bytes
-                report(
-                    HubEvent(
-                        happening=Happening.UPLOADING,
-                        path_in_repo=file.path_in_repo,
-                        done_bytes=now_bytes,
-                        nbytes=file.nbytes,
-                    )
-                )
-            await anyio.sleep(PROGRESS_EVERY_S)

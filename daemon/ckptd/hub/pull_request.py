@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ckptd import errors
 from ckptd.hub import attempts, push
-from ckptd.hub.client import HubClient, PullRequest
+from ckptd.hub.client import HubClient
+from ckptd.hub.facts import PullRequest
 
 LISTED = 1000
 """Pull requests looked at by title, author and status."""
@@ -40,24 +41,53 @@ class Draft:
         """
         found = await self.attempts.run(self._find_or_make)
         if found.status == "closed":
-            raise errors.HubRejected(
-                f"pull request #{found.num} of this push was closed by somebody",
-                repo_id=self.target.repo_id,
-                hint="reopen it on the Hub to let the push go on",
-            )
+            raise self._closed(found.num)
         return found
 
     async def open(self, num: int) -> None:
-        """Make the pull request visible as ready; nothing happens when it is already."""
+        """Make the pull request visible as ready; nothing happens when it is, or was merged.
+
+        Raises:
+            errors.HubRejected: somebody closed it meanwhile.
+        """
 
         async def once() -> bool:
-            if (await self.hub.pull_request(self.target.repo_id, num)).status != "draft":
+            status = (await self.hub.pull_request(self.target.repo_id, num)).status
+            if status == "closed":
+                raise self._closed(num)
+            if status != "draft":
                 return False
-            await self.hub.open_pull_request(self.target.repo_id, num)
+            try:
+                await self.hub.open_pull_request(self.target.repo_id, num)
+            except (errors.HubRejected, errors.HubForbidden, errors.HubConflict):
+                # Closed or merged between the look and the call?
+                if (await self.hub.pull_request(self.target.repo_id, num)).status == status:
+                    raise
+                return await once()
             return True
 
         if await self.attempts.run(once):
             self.attempts.report(push.HubEvent(happening=push.Happening.PR_OPENED, pr_num=num))
+
+    async def require_live(self, num: int) -> None:
+        """Raise HubRejected where somebody closed or merged it before its commit was in it."""
+        repo_id = self.target.repo_id
+        found = await self.attempts.run(lambda: self.hub.pull_request(repo_id, num))
+        if found.status == "closed":
+            raise self._closed(num)
+        if found.status == "merged":
+            raise errors.HubRejected(
+                f"pull request #{num} of this push was merged before its files were in it",
+                repo_id=repo_id,
+                hint="retry the job under another commit_message, or without create_pr",
+            )
+
+    def _closed(self, num: int) -> errors.HubRejected:
+        return errors.HubRejected(
+            f"pull request #{num} of this push was closed by somebody",
+            repo_id=self.target.repo_id,
+            hint="reopen it on the Hub, then retry the job, to let the push go on",
+        )
 
     async def _find_or_make(self) -> PullRequest:
         found = await self._find()

@@ -76,14 +76,22 @@ class Happening(enum.Enum):
     """What a `HubEvent` tells."""
 
     REPO_CREATED = "repo_created"
+    REPO_MOVED = "repo_moved"
+    """The repo was renamed; `text` is its name now, under which the push goes on."""
     BRANCH_CREATED = "branch_created"
     UPLOADING = "uploading"
     """`done_bytes` of `nbytes` of `path_in_repo` were handed to the network so far."""
     UPLOADED = "uploaded"
+    SENT_AGAIN = "sent_again"
+    """What was sent did not arrive as it was; `text` says what the Hub made of it."""
+    BEGUN_AGAIN = "begun_again"
+    """Repo or branch went away during the push; they were made anew. `text` says what was missed."""
     WAITING = "waiting"
     """A call failed and is tried again after `wait_s`; `text` says what failed."""
     REBASED = "rebased"
     """Somebody else's commit came first; the commit is tried again on top of it."""
+    KEPT = "kept"
+    """Weights that somebody else pushed meanwhile stay beside ours; `text` names them."""
     XET_OFF = "xet_off"
     """Uploads of this process go over LFS from here on; `text` says why."""
     PR_CREATED = "pr_created"
@@ -126,6 +134,11 @@ def carries(text: str, push_id: str) -> bool:
     """Say whether `text` has the whole line of this push id (an id that begins alike is not it)."""
     wanted = push_id_line(push_id)
     return any(line.strip() == wanted for line in text.splitlines())
+
+
+def is_ours(text: str) -> bool:
+    """Say whether `text` has the line of any push id: ckptd made it, whichever job it was."""
+    return any(line.startswith(f"{PUSH_ID_KEY}: ") for line in text.splitlines())
 
 
 def title(target: Target) -> str:

@@ -11,9 +11,11 @@ library reads its environment while it is imported, so these are its attributes,
   repeat the file. Even there a long wait asked for by the server surfaces.
 - Progress. Bytes handed to the socket by an upload (LFS) are counted into the `Meter` of the thread
   that runs it; for Xet its own reports are. They count as sent, not as confirmed.
+- Pace. `limit_uploads` caps what this process sends, all uploads together: our own requests while
+  they are handed to the socket, those of hf_xet on their way through `xet_gate`.
 - Xet. hf_xet is used when installed; `disable_xet` sends this process' uploads over LFS. hf_xet
   reads its settings from HF_XET_* when its first session begins; those in `XET_DEFAULTS` bound its
-  memory, and the environment wins over them. On fast links with few cores
+  memory and its patience, and the environment wins over them. On fast links with few cores
   HF_XET_XORB_COMPRESSION_POLICY=none doubles its speed.
 """
 
@@ -26,21 +28,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import constants, set_client_factory, utils
 from huggingface_hub.utils import _http, _runtime, _xet_progress_reporting
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
-from ckptd.hub import translate
+from ckptd.hub import pace, translate, xet_gate
 
 XET_DEFAULTS = {
     "HF_XET_DATA_MAX_CONCURRENT_FILE_INGESTION": "1",
     "HF_XET_CLIENT_AC_INITIAL_UPLOAD_CONCURRENCY": "1",
     "HF_XET_CLIENT_AC_MAX_UPLOAD_CONCURRENCY": "2",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3",
 }
-"""Measured on 750 MB of bfloat16 over loopback, two cores: 300 MB of memory in place of 540 MB with
+"""The last one: half a minute of tries that nobody sees in place of four, for LFS is there. The
+others: measured on 750 MB of bfloat16 over loopback, two cores: 300 MB of memory in place of 540 MB with
 hf_xet's own values, and no slower. Long fat links want more uploads at once."""
+_BATCH = ".git/info/lfs/objects/batch"
+_WITH_BODY = frozenset({"POST", "PUT"})
 LONGEST_INNER_WAIT_S = 10.0
 """A storage answer that asks for more than this is handed to ckptd's own backoff."""
 
@@ -50,16 +57,25 @@ class Timeouts:
     """Seconds that one socket operation may take; not the whole request."""
 
     connect_s: float = 10.0
-    read_s: float = 120.0
-    """Between two pieces of an answer; a large commit takes the Hub tens of seconds."""
+    read_s: float = 60.0
+    """Between two pieces of an answer."""
+    work_s: float = 180.0
+    """The same where the Hub works before it answers: a large commit, many parts put together."""
     write_s: float = 60.0
     pool_s: float = 60.0
     """Waiting for a free connection."""
 
 
+LONGEST_XORB_BYTES = 64 << 20
+"""hf_xet sends so much in one request, and gives up what has no answer after its read time-out."""
+
 Meter = Callable[[int], None]
 """Is told how many more bytes of the current upload were sent; negative when a part starts over."""
 
+_PACE = pace.Pace()
+"""Of this process."""
+_GATES: list[xet_gate.Gate] = []
+"""The way out of hf_xet, made with the first cap."""
 _METER: ContextVar[Meter | None] = ContextVar("ckptd_upload_meter", default=None)
 
 
@@ -90,6 +106,24 @@ def configure(timeouts: Timeouts | None = None) -> None:
         disable_progress_bars()
     warnings.filterwarnings("ignore", message="Warnings while validating metadata in README")
     _report_xet_progress()
+
+
+def limit_uploads(bytes_per_s: float | None, *, endpoint: str = "") -> None:
+    """Send no more than this from now on, all uploads of this process together; None for no cap.
+
+    Set it before the first upload: hf_xet keeps the way out that it began with.
+    """
+    _PACE.bytes_per_s = bytes_per_s
+    if bytes_per_s is None:
+        return
+    if not _GATES:
+        _GATES.append(xet_gate.Gate(_PACE))
+    os.environ[xet_gate.VARIABLE] = str(_GATES[0].path)
+    slowest_s = int(2 * LONGEST_XORB_BYTES / bytes_per_s) + 300
+    os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", f"{slowest_s}s")
+    parts = urlsplit(endpoint)
+    if parts.scheme == "https" and parts.hostname and parts.port:
+        _GATES[0].ports[parts.hostname] = parts.port
 
 
 def uses_xet() -> bool:
@@ -137,9 +171,11 @@ class _Session(httpx2.Client):
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Send; raise at once what the library would otherwise sleep over (see the module)."""
         stores = request.method == "PUT"
-        meter = _METER.get()
-        if stores and meter is not None and isinstance(request.stream, httpx2.SyncByteStream):
-            request.stream = _Counted(request.stream, meter)
+        if request.method == "POST" and _works_long(request):
+            request.extensions.get("timeout", {})["read"] = (self.limits or Timeouts()).work_s
+        meter = _METER.get() if stores else None
+        if isinstance(request.stream, httpx2.SyncByteStream) and request.method in _WITH_BODY:
+            request.stream = _Counted(request.stream, meter or (lambda _: None))
         try:
             response = super().send(request, **options)
         except httpx2.TransportError as exc:
@@ -151,7 +187,14 @@ class _Session(httpx2.Client):
         if _surfaces(response, stores=stores):
             response.read()
             _http.hf_raise_for_status(response)
+        if request.method == "POST" and request.url.path.endswith(_BATCH):
+            _raise_for_objects(response)
         return response
+
+
+def _works_long(request: httpx2.Request) -> bool:
+    """Say whether a POST makes a commit, or (without a token) puts the parts of an upload together."""
+    return "/commit/" in request.url.path or "authorization" not in request.headers
 
 
 def _surfaces(response: httpx2.Response, *, stores: bool) -> bool:
@@ -164,8 +207,34 @@ def _surfaces(response: httpx2.Response, *, stores: bool) -> bool:
     return status in translate.TRANSIENT or (status == 409 and creates)  # it would spin on that 409
 
 
+def _raise_for_objects(response: httpx2.Response) -> None:
+    """Raise what a batch answer says of its objects as if it were the answer's own status.
+
+    The library makes a bare text of it, without the code that says whether to wait or to give up.
+    """
+    try:
+        objects = response.json().get("objects") or []
+        problems = [item["error"] for item in objects if item.get("error")]
+        codes = [int(problem.get("code") or 0) for problem in problems]
+    except (ValueError, TypeError, AttributeError, KeyError):
+        return  # not a batch answer; the library says so
+    if problems and codes[0] >= 400:
+        told = {"error": str(problems[0].get("message") or "refused")}
+        _http.hf_raise_for_status(
+            httpx2.Response(codes[0], json=told, headers=_named(response), request=response.request)
+        )
+
+
+def _named(response: httpx2.Response) -> dict[str, str]:
+    names = ("X-Request-Id", "Retry-After", "RateLimit")
+    return {name: response.headers[name] for name in names if name in response.headers}
+
+
 class _Counted(httpx2.SyncByteStream):
-    """A request body that tells a meter what was taken from it, and takes it back when re-sent."""
+    """A request body at this process' pace.
+
+    It tells a meter what was taken from it, and takes that back when it is sent again.
+    """
 
     def __init__(self, stream: httpx2.SyncByteStream, meter: Meter) -> None:
         self._stream = stream
@@ -175,7 +244,7 @@ class _Counted(httpx2.SyncByteStream):
         sent = 0
         whole = False
         try:
-            for chunk in self._stream:
+            for chunk in _PACE.pieces(self._stream):
                 sent += len(chunk)
                 self._meter(len(chunk))
                 yield chunk

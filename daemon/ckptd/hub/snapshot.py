@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import DryRunFileInfo, HfApi, get_token
+from huggingface_hub import DryRunFileInfo, HfApi
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.tqdm import tqdm
 
 from ckptd import __version__, errors
-from ckptd.hub import session, translate
+from ckptd.hub import session, tokens, translate
 
 Report = Callable[[int, int], None]
 """Is told the bytes that are here, of those to be fetched; from any thread."""
@@ -199,9 +199,10 @@ def _bar(report: Report, total: int) -> type[Any]:
 
 def _api(endpoint: str | None) -> HfApi:
     session.configure()
+    found = tokens.find()
     return HfApi(
         endpoint=endpoint.rstrip("/") if endpoint else None,
-        token=get_token(),
+        token=False if found is None else found.text,
         library_name="ckptd",
         library_version=__version__,
     )

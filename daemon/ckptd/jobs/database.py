@@ -8,6 +8,7 @@ through `SqliteStore`; the command line uses it directly, read-only where it onl
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
@@ -16,10 +17,11 @@ from types import TracebackType
 from typing import Self
 
 from ckptd import errors
+from ckptd.jobs import damage, rows
 from ckptd.jobs import job as jobs
-from ckptd.jobs import rows
-from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, RetryLimits, State
-from ckptd.jobs.store import Enqueued, Moment, Sighting
+from ckptd.jobs.failing import Failure, RetryLimits
+from ckptd.jobs.job import Job, JobSpec, Outcome, State
+from ckptd.jobs.store import Admit, Enqueued, Moment, Sighting
 
 BUSY_TIMEOUT_S = 10.0
 """How long to wait for another process that writes."""
@@ -27,15 +29,24 @@ MIGRATIONS: tuple[str, ...] = ("schema.sql",)
 """Scripts beside this module; the database's `user_version` says how many were applied."""
 
 _NEXT = """
-SELECT * FROM jobs AS candidate
-WHERE (state = 'queued' OR (state IN ('retrying', 'waiting') AND next_try_at <= :now))
-  AND (target = '' OR NOT EXISTS (
-    SELECT 1 FROM jobs AS other
-    WHERE other.target = candidate.target
-      AND (other.state = 'running'
-           OR (other.seq < candidate.seq AND other.state IN ('queued', 'retrying', 'waiting')))))
-ORDER BY seq LIMIT 1
+WITH live AS (
+  SELECT seq, target, state FROM jobs WHERE state IN ('queued', 'running', 'retrying', 'waiting')),
+first AS (
+  SELECT seq FROM live WHERE target = '' AND state != 'running'
+  UNION ALL
+  SELECT min(seq) FROM live WHERE target != '' GROUP BY target HAVING sum(state = 'running') = 0)
+SELECT jobs.* FROM jobs JOIN first USING (seq)
+WHERE state = 'queued'
+   OR (state IN ('retrying', 'waiting')
+       AND (next_try_at <= :now OR updated_at > :now))  -- the clock was set back since
+ORDER BY seq LIMIT :looks
 """
+_OF_CHECKPOINT = (
+    "AND (? IS NULL OR json_extract(spec, '$.run') = ?) "
+    "AND (? IS NULL OR json_extract(spec, '$.step') = ?)"
+)
+MOST_LOOKS = 64
+"""Jobs that are asked whether they may begin before a slot rather waits."""
 
 
 class Database:
@@ -85,13 +96,21 @@ class Database:
             again = jobs.requeue(known, spec, now=now)
             return Enqueued(job=self._update(again), created=True)
 
-    def acquire(self, *, worker: str, lease_s: float, now: float) -> Job | None:
+    def acquire(
+        self, *, worker: str, lease_s: float, now: float, admit: Admit | None = None
+    ) -> Job | None:
         """See `JobStore.acquire`."""
+        looks = 1 if admit is None else MOST_LOOKS
         with self._writing():
-            row = self._connection.execute(_NEXT, {"now": now}).fetchone()
-            if row is None:
-                return None
-            return self._update(jobs.start(rows.job(row), worker=worker, lease_s=lease_s, now=now))
+            found = self._connection.execute(_NEXT, {"now": now, "looks": looks}).fetchall()
+            running = self._running() if found and admit is not None else []
+            for job in map(rows.job, found):
+                why = None if admit is None else admit(job.spec, running)
+                if why is None:
+                    return self._update(jobs.start(job, worker=worker, lease_s=lease_s, now=now))
+                if job.reason != why:
+                    self._update(dataclasses.replace(job, reason=why), moment=False)
+            return None
 
     def extend(self, job_id: str, *, worker: str, lease_s: float, now: float) -> Job:
         """See `JobStore.extend`."""
@@ -133,10 +152,10 @@ class Database:
             ).fetchall()
             return [self._update(jobs.reap(rows.job(row), now=now)) for row in found]
 
-    def retry(self, job_id: str, *, now: float) -> Job:
+    def retry(self, job_id: str, *, now: float, reason: str = jobs.RETRIED_BY_HAND) -> Job:
         """See `JobStore.retry`."""
         with self._writing():
-            return self._update(jobs.retry(self._find(job_id), now=now))
+            return self._update(jobs.retry(self._find(job_id), now=now, reason=reason))
 
     def cancel(self, job_id: str, *, now: float) -> Job:
         """See `JobStore.cancel`."""
@@ -159,14 +178,20 @@ class Database:
             return self._find(job_id)
 
     def list(
-        self, *, states: Collection[State] | None = None, limit: int | None = None
+        self,
+        *,
+        states: Collection[State] | None = None,
+        limit: int | None = None,
+        run: str | None = None,
+        step: int | None = None,
     ) -> Sequence[Job]:
-        """See `JobStore.list`."""
+        """See `JobStore.list`; `run` and `step` leave the jobs of others out."""
         wanted = [state.value for state in (State if states is None else states)]
         marks = ",".join("?" * len(wanted))
-        query = f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY seq DESC LIMIT ?"  # noqa: S608 - only marks and our own column names are put in; values are bound
+        query = f"SELECT * FROM jobs WHERE state IN ({marks}) {_OF_CHECKPOINT} ORDER BY seq DESC LIMIT ?"  # noqa: S608 - only marks and our own text are put in; values are bound
+        bound = (*wanted, run, run, step, step, -1 if limit is None else limit)
         with _translated(self._path):
-            found = self._connection.execute(query, (*wanted, -1 if limit is None else limit))
+            found = self._connection.execute(query, bound)
             return [rows.job(row) for row in reversed(found.fetchall())]
 
     def counts(self) -> dict[State, int]:
@@ -223,16 +248,21 @@ class Database:
 
     def forget(self, *, before: float) -> int:
         """See `JobStore.forget`."""
+        ended = [state.value for state in jobs.TERMINAL]
+        marks = ",".join("?" * len(ended))
+        old = f"SELECT job_id FROM jobs WHERE updated_at < ? AND state IN ({marks})"  # noqa: S608 - only marks are put in; values are bound
         with self._writing():
-            return self._connection.execute(
-                "DELETE FROM sightings WHERE at < ?", (before,)
-            ).rowcount
+            execute = self._connection.execute
+            dropped = execute("DELETE FROM sightings WHERE at < ?", (before,)).rowcount
+            query = f"DELETE FROM history WHERE job_id IN ({old})"  # noqa: S608 - as above
+            return dropped + execute(query, (before, *ended)).rowcount
 
     def _prepare(self, *, read_only: bool) -> None:
         self._connection.execute("PRAGMA foreign_keys=ON")
         if not read_only:
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
+            damage.check(self._connection, self._path)
         [version] = self._connection.execute("PRAGMA user_version").fetchone()
         if version > len(MIGRATIONS) or (read_only and version < len(MIGRATIONS)):
             raise errors.StorageFailed(
@@ -264,6 +294,10 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def _running(self) -> Sequence[JobSpec]:
+        found = self._connection.execute("SELECT spec FROM jobs WHERE state='running'")
+        return [JobSpec.from_json(spec) for [spec] in found.fetchall()]
 
     def _find(self, job_id: str) -> Job:
         found = self._connection.execute(
@@ -323,5 +357,4 @@ def _translated(path: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as exc:
-        hint = "is the state folder writable, and is there space on its disk?"
-        raise errors.StorageFailed(f"the job database failed: {exc}", path=path, hint=hint) from exc
+        raise damage.translated(exc, path) from exc

@@ -25,6 +25,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ckptd import errors
+from ckptd.jobs import failing
+from ckptd.jobs.failing import Failure, RetryLimits
 
 
 class State(enum.Enum):
@@ -62,6 +64,7 @@ _ENDED_BADLY = frozenset({State.REFUSED, State.FAILED, State.VANISHED, State.CAN
 _PAUSED = frozenset({State.RETRYING, State.WAITING})
 _WITHOUT_RUNNING = frozenset({State.SKIPPED, State.VANISHED, State.CANCELLED})
 _BY_HAND = "cancelled by hand"
+RETRIED_BY_HAND = "retried by hand"
 
 MOVES: dict[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.RUNNING}) | _WITHOUT_RUNNING,
@@ -99,6 +102,9 @@ class JobSpec:
     fingerprint: str = ""
     """`Listing.fingerprint_id` of the pin when the digest was taken: the digest holds while it is
     the same."""
+    boot_id: str = ""
+    """The start of the machine in which the digest was taken: in another one the disk may hold
+    something else than what was hashed, for the trainer's files were not synced by us."""
     pipeline_digest: str
     target: str
     """Where it goes, placeholders resolved: `acme/run@main`. Empty where nothing is pushed."""
@@ -165,48 +171,6 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """An error as it crosses a process border and stands in a job row."""
-
-    code: str
-    """Class name in `ckptd.errors`."""
-    message: str
-    hint: str | None = None
-    retry: errors.Retry = errors.Retry.NEVER
-    retry_after_s: float | None = None
-    exit_code: int = 1
-
-    @staticmethod
-    def of(error: errors.CkptdError) -> Failure:
-        """Return `error` as a value."""
-        return Failure(
-            code=error.code,
-            message=error.message,
-            hint=error.hint,
-            retry=error.retry,
-            retry_after_s=error.retry_after_s,
-            exit_code=error.exit_code,
-        )
-
-    def __str__(self) -> str:
-        return self.message if self.hint is None else f"{self.message}; {self.hint}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetryLimits:
-    """How often and how fast failed jobs are tried again."""
-
-    max_failures: int = 50
-    """Failures after which a job is given up; with the other defaults about twelve hours."""
-    base_s: float = 10.0
-    """Longest pause after the first failure, in seconds; it doubles with each further one."""
-    cap_s: float = 900.0
-    """Longest pause ever, in seconds, also where the Hub asks for more."""
-    wait_s: float = 600.0
-    """Seconds between tries of a job that waits for a person."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One row: what is to be done, and where it stands."""
 
@@ -261,14 +225,20 @@ def fail(job: Job, failure: Failure, *, limits: RetryLimits, jitter: float, now:
     if job.cancel_requested:
         return _move(job, State.CANCELLED, now, reason=_BY_HAND)
     failures = job.failures + 1
+    if failure.code == failing.RUNNER_DIED:
+        failure = failing.counted(failure, job.failure)
     state = _state_after(failure, failures, limits)
     next_try_at = None
     reason = str(failure)
     if state is State.WAITING:
         next_try_at = now + limits.wait_s
     elif state is State.RETRYING:
-        pause = backoff_s(failures, limits=limits, jitter=jitter, asked_s=failure.retry_after_s)
+        pause = failing.backoff_s(
+            failures, limits=limits, jitter=jitter, asked_s=failure.retry_after_s
+        )
         next_try_at = now + pause
+    elif failure.losses:
+        reason = f"quarantined after {failure.losses} lost runners: {failure.message}"
     elif failure.retry is errors.Retry.LATER:
         reason = f"gave up after {failures} failures: {reason}"
     attempt = job.attempt + 1 if next_try_at is not None else job.attempt
@@ -310,8 +280,8 @@ def requeue(job: Job, spec: JobSpec, *, now: float) -> Job:
     return dataclasses.replace(queued, spec=spec, attempt=job.attempt + 1, failures=0)
 
 
-def retry(job: Job, *, now: float) -> Job:
-    """Return `job` as queued because a person asked for it.
+def retry(job: Job, *, now: float, reason: str = RETRIED_BY_HAND) -> Job:
+    """Return `job` as queued because a person asked for it, or mended what it waited for.
 
     Raises:
         UsageError: it is queued, running or published.
@@ -320,9 +290,9 @@ def retry(job: Job, *, now: float) -> Job:
         raise errors.UsageError(f"job {job.job_id} is queued already")
     if job.state is State.RUNNING:
         raise errors.UsageError(f"job {job.job_id} is running", hint="cancel it first")
-    queued = _move(job, State.QUEUED, now, reason="retried by hand")
+    queued = _move(job, State.QUEUED, now, reason=reason)
     attempt = job.attempt if job.state in _PAUSED else job.attempt + 1
-    return dataclasses.replace(queued, attempt=attempt, failures=0)
+    return dataclasses.replace(queued, attempt=attempt, failures=0, failure=None)
 
 
 def cancel(job: Job, *, now: float) -> Job:
@@ -348,19 +318,6 @@ def unpin(job: Job, *, reason: str, now: float) -> Job:
     return _move(_idle(job), State.VANISHED, now, reason=reason)
 
 
-def backoff_s(
-    failures: int, *, limits: RetryLimits, jitter: float, asked_s: float | None = None
-) -> float:
-    """Return the pause after the `failures`-th failure in a row, in seconds.
-
-    Doubles from `base_s` to `cap_s`, and is spread over its upper half by `jitter` (0 to 1). Where
-    the other side asked for `asked_s`, it is at least that, but never more than `cap_s`.
-    """
-    longest = min(limits.cap_s, limits.base_s * 2.0 ** min(failures - 1, 60))
-    pause = longest * (0.5 + 0.5 * jitter)
-    return min(limits.cap_s, max(pause, asked_s or 0.0))
-
-
 def _idle(job: Job) -> Job:
     if job.state is State.RUNNING:
         raise errors.UsageError(f"job {job.job_id} is running")
@@ -368,6 +325,8 @@ def _idle(job: Job) -> Job:
 
 
 def _state_after(failure: Failure, failures: int, limits: RetryLimits) -> State:
+    if failing.is_quarantined(failure, limits):
+        return State.FAILED
     if failure.retry is errors.Retry.WAIT:
         return State.WAITING
     if failure.retry is errors.Retry.LATER:

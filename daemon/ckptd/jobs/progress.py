@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ckptd.checkpoint.writer import Cache
-from ckptd.jobs.job import Failure, JobSpec, Outcome
+from ckptd.jobs.failing import Failure
+from ckptd.jobs.job import JobSpec, Outcome
 from ckptd.telemetry.status import Counters, Phase
 
 VERSION = 1
@@ -42,6 +43,8 @@ class Start:
     cache: Cache = Cache.DIRECT
     """How files are written."""
     endpoint: str | None = None
+    upload_limit: int | None = None
+    """Most bytes a second that this runner may send."""
     attempt: int = 1
     type: Literal["start"] = "start"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, State
+from ckptd.jobs.failing import Failure
+from ckptd.jobs.job import Job, JobSpec, Outcome, State
 from ckptd.jobs.store import Sighting, Verdict
 
 _OUTCOME = TypeAdapter(Outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -11,13 +12,14 @@ import anyio
 import structlog
 from anyio import to_thread
 
-from ckptd import errors
+from ckptd.jobs import damage
 from ckptd.jobs.database import Database
-from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, RetryLimits, State
-from ckptd.jobs.store import Enqueued, Moment, Sighting
+from ckptd.jobs.failing import Failure, RetryLimits
+from ckptd.jobs.job import RETRIED_BY_HAND, Job, JobSpec, Outcome, State
+from ckptd.jobs.store import Admit, Enqueued, Moment, Sighting
 
 PAUSES_S = (0.2, 1.0, 5.0, 15.0, 30.0)
-"""Pauses before a call that the disk or a lock refused is made again; then the failure is told."""
+"""Pauses before a call is made again that a lock or the disk refused; the last one for good."""
 
 log = structlog.get_logger()
 
@@ -40,10 +42,12 @@ class SqliteStore:
     async def open(cls, path: Path) -> SqliteStore:
         """Open (and make or migrate) the database at `path`; its folder must exist.
 
+        One that is damaged is kept aside and replaced by a new one with what can be read of it.
+
         Raises:
-            StorageFailed: it cannot be opened, is damaged, or was made by a newer ckptd.
+            StorageFailed: it cannot be opened, or was made by a newer ckptd.
         """
-        return cls(await to_thread.run_sync(Database, path))
+        return cls(await to_thread.run_sync(_opened, path))
 
     async def aclose(self) -> None:
         """Close the database after the call that runs, if any."""
@@ -53,9 +57,13 @@ class SqliteStore:
         """See `JobStore.enqueue`."""
         return await self._run(Database.enqueue, spec, now=now)
 
-    async def acquire(self, *, worker: str, lease_s: float, now: float) -> Job | None:
+    async def acquire(
+        self, *, worker: str, lease_s: float, now: float, admit: Admit | None = None
+    ) -> Job | None:
         """See `JobStore.acquire`."""
-        return await self._run(Database.acquire, worker=worker, lease_s=lease_s, now=now)
+        return await self._run(
+            Database.acquire, worker=worker, lease_s=lease_s, now=now, admit=admit
+        )
 
     async def extend(self, job_id: str, *, worker: str, lease_s: float, now: float) -> Job:
         """See `JobStore.extend`."""
@@ -88,9 +96,9 @@ class SqliteStore:
         """See `JobStore.reap`."""
         return await self._run(Database.reap, now=now, every=every)
 
-    async def retry(self, job_id: str, *, now: float) -> Job:
+    async def retry(self, job_id: str, *, now: float, reason: str = RETRIED_BY_HAND) -> Job:
         """See `JobStore.retry`."""
-        return await self._run(Database.retry, job_id, now=now)
+        return await self._run(Database.retry, job_id, now=now, reason=reason)
 
     async def cancel(self, job_id: str, *, now: float) -> Job:
         """See `JobStore.cancel`."""
@@ -146,10 +154,27 @@ class SqliteStore:
         self, method: Callable[Concatenate[Database, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         call = functools.partial(method, self._database, *args, **kwargs)
-        for pause_s in PAUSES_S:
+        for pause_s in itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1])):
             try:
                 return await to_thread.run_sync(call, limiter=self._limiter)
-            except errors.StorageFailed as error:  # locked by another process, a full disk
+            except damage.DatabaseBusy as error:
                 log.warning("job store failed, trying again", why=str(error), seconds=pause_s)
-                await anyio.sleep(pause_s)
-        return await to_thread.run_sync(call, limiter=self._limiter)
+            await anyio.sleep(pause_s)
+        raise AssertionError("unreachable: the pauses do not end")
+
+
+def _opened(path: Path) -> Database:
+    try:
+        return Database(path)
+    except damage.DatabaseDamaged as error:
+        why = str(error)
+    aside = damage.set_aside(path)
+    log.error("job database damaged, kept aside and made anew", kept=str(aside), why=why)
+    database = Database(path)
+    try:
+        num_jobs = damage.rescue(aside, path)
+    except BaseException:
+        database.close()
+        raise
+    log.warning("job database rebuilt", jobs=num_jobs, hint="the folders and the Hub have the rest")
+    return database

@@ -13,11 +13,12 @@ hold nobody up, nor do jobs without a target.
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptd.jobs.job import Failure, Job, JobSpec, Outcome, RetryLimits, State
+from ckptd.jobs.failing import Failure, RetryLimits
+from ckptd.jobs.job import RETRIED_BY_HAND, Job, JobSpec, Outcome, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,10 @@ class Enqueued:
     job: Job
     created: bool
     """False: it was there already, in whatever state it is."""
+
+
+Admit = Callable[[JobSpec, Sequence[JobSpec]], str | None]
+"""Why a job may not begin beside those that run, or None where it may; quick, and never blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +82,13 @@ class JobStore(Protocol):
         that was skipped under another definition.
         """
 
-    async def acquire(self, *, worker: str, lease_s: float, now: float) -> Job | None:
-        """Return the next job that may run, now running under a lease of `worker`; or None."""
+    async def acquire(
+        self, *, worker: str, lease_s: float, now: float, admit: Admit | None = None
+    ) -> Job | None:
+        """Return the next job that may run, now running under a lease of `worker`; or None.
+
+        A job that `admit` keeps back stays as it is, with the reason in its row; the next is asked.
+        """
 
     async def extend(self, job_id: str, *, worker: str, lease_s: float, now: float) -> Job:
         """Prolong the lease to `now + lease_s` and return the job: see `cancel_requested`.
@@ -126,8 +136,8 @@ class JobStore(Protocol):
         that a person asked to cancel is cancelled instead.
         """
 
-    async def retry(self, job_id: str, *, now: float) -> Job:
-        """Queue a job that failed, waits or was cancelled, because a person asked.
+    async def retry(self, job_id: str, *, now: float, reason: str = RETRIED_BY_HAND) -> Job:
+        """Queue a job that failed, waits or was cancelled, because a person acted.
 
         Raises:
             UsageError: no such job, or it is queued, running or published.
@@ -188,4 +198,7 @@ class JobStore(Protocol):
         """Return what was last seen of every checkpoint, newest last."""
 
     async def forget(self, *, before: float) -> int:
-        """Drop sightings older than `before` and return how many; jobs are never dropped."""
+        """Drop what is older than `before` and return how much; jobs are never dropped.
+
+        Dropped are sightings, and the transitions of jobs that ended before then.
+        """

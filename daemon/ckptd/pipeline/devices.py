@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from pathlib import Path
+
+from ckptd.telemetry import node
 
 
 class _Memory(ctypes.Structure):
@@ -20,22 +20,11 @@ class _Memory(ctypes.Structure):
 def memory_bytes(device: str) -> int | None:
     """Return the memory of `cpu`, `cuda` or `cuda:N` in bytes; None if there is no such device."""
     if device == "cpu":
-        return _host_bytes()
+        return node.memory_bytes() or None
     kind, _, number = device.partition(":")
     if kind == "cuda" and (not number or number.isdigit()):
         return _gpu_bytes(int(number or 0))
     return None
-
-
-def _host_bytes() -> int | None:
-    limits = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        total = next(line for line in lines if line.startswith("MemTotal:"))
-        limits.append(int(total.split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits, default=None)
 
 
 def _gpu_bytes(number: int) -> int | None:

@@ -29,6 +29,8 @@ MAX_BYTES = 1 << 20
 Loc = tuple[int | str, ...]
 """A place as pydantic names it: keys and list positions from the outside in."""
 
+_LARGEST = (1 << 64) - 1
+"""Whole numbers beyond this are no size, count or duration, and some do not fit a float."""
 _TAG = "tag:yaml.org,2002:"
 _SCALAR_TAGS = {_TAG + name for name in ("str", "int", "float", "bool", "null")}
 _MUST_BE = {
@@ -119,7 +121,7 @@ def parse(text: str, path: Path | str) -> Document:
     if not isinstance(node, MappingNode):
         mark = node.start_mark if node is not None else None
         raise _syntax_error(path, "must be a mapping (lines of key: value)", mark=mark)
-    reading = _Reading(str(path))
+    reading = _Reading(str(path), yaml.constructor.construct_object)
     reading.visit(node, ())
     if reading.problems:
         raise errors.DefinitionError(reading.problems)
@@ -188,8 +190,9 @@ def field_name(loc: Loc) -> str:
 class _Reading:
     """One walk over the nodes of a document; collects places and problems."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, construct: Callable[[Node], Any]) -> None:
         self.path = path
+        self._construct = construct
         self.keys: dict[Loc, Place] = {}
         self.values: dict[Loc, Place] = {}
         self.problems: list[errors.Problem] = []
@@ -219,6 +222,15 @@ class _Reading:
             node.tag = _TAG + "str"
         elif node.tag not in _SCALAR_TAGS:
             self._refuse(_place(node.start_mark), loc, f"the tag {node.tag} is not taken")
+            return
+        try:
+            value = self._construct(node)
+        except (ValueError, LookupError):  # ruamel's own, for `!!int x` and a million digits
+            value = None
+            kind = node.tag.removeprefix(_TAG)
+            self._refuse(_place(node.start_mark), loc, f"is no {kind}: {_shown(node.value)}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            self._refuse(_place(node.start_mark), loc, f"a number beyond {_LARGEST}")
 
     def _mapping(self, node: MappingNode, loc: Loc) -> None:
         for key_node, value_node in node.value:

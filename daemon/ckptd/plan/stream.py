@@ -147,10 +147,12 @@ class Stream:
         *,
         finished: Mapping[str, FinishedShard],
         on_shard: Callable[[FinishedShard], Coroutine[Any, Any, None]],
+        on_synced: Callable[[FinishedShard], None] = lambda _: None,
     ) -> tuple[FinishedShard, ...]:
         """Write every file that is not in `finished`; return all of them in the plan's order.
 
-        `on_shard` is called once for each file, as soon as it is durable under its name. After a
+        `on_synced` is called in a thread when a file is durable, before it has its name; `on_shard`
+        once for each file, as soon as it is durable under its name. After a
         failure the folder holds whole files only; what was begun is removed.
 
         Raises:
@@ -165,7 +167,7 @@ class Stream:
 
         async def finish(shard: _Shard) -> None:
             async with self._finishing:
-                result = await self._finish(shard)
+                result = await self._finish(shard, on_synced)
             done[result.name] = result
             await on_shard(result)
 
@@ -223,12 +225,19 @@ class Stream:
         self._write(shard, shard.plan.head, 0)
         self._meter.add(written=len(shard.plan.head))
 
-    async def _finish(self, shard: _Shard) -> FinishedShard:
-        sha256 = shard.sha256.hexdigest() if shard.sha256 is not None else None
-        await self._in_thread(shard.file.finish)
-        return FinishedShard(
-            name=shard.plan.name, path=shard.file.path, nbytes=shard.plan.nbytes, sha256=sha256
+    async def _finish(
+        self, shard: _Shard, on_synced: Callable[[FinishedShard], None]
+    ) -> FinishedShard:
+        result = FinishedShard(
+            name=shard.plan.name,
+            path=shard.file.path,
+            nbytes=shard.plan.nbytes,
+            sha256=shard.sha256.hexdigest() if shard.sha256 is not None else None,
         )
+        await self._in_thread(shard.file.sync)
+        await self._in_thread(on_synced, result)
+        await self._in_thread(shard.file.finish)
+        return result
 
     def _copy(self, lane: Lane, shard: _Shard, segments: Sequence[Segment]) -> None:
         try:

@@ -9,12 +9,13 @@ the first job, so that a job that computes does not wait for it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib
 import os
 import signal
-import traceback
+import sys
 from pathlib import Path
 
 import anyio
@@ -24,10 +25,15 @@ from ckptd import __version__
 from ckptd.aio import groups
 from ckptd.errors import CkptdError
 from ckptd.jobs import progress
-from ckptd.jobs.job import Failure
+from ckptd.jobs.failing import Failure
 from ckptd.pipeline.definition import Definition
-from ckptd.runner import job
+from ckptd.runner import job, memory, priority
+from ckptd.telemetry import crashes, logs, node
 
+_OOM_SCORE_PATH = Path("/proc/self/oom_score_adj")
+_OOM_EXTRA = 300
+"""Added to the kernel's score of this process: where memory runs out the runner is killed, and
+neither the daemon, which goes on with the job, nor the trainer."""
 _PR_SET_PDEATHSIG = 1
 """prctl of linux/prctl.h: the signal this process gets when its parent dies."""
 
@@ -73,27 +79,31 @@ class Runner:
             try:
                 outcome = await job.execute(_work(start), report=self._report)
                 self._report(progress.Finished(outcome=outcome))
-            except* CkptdError as caught:
-                self._report(progress.Failed(failure=Failure.of(groups.first(caught, CkptdError))))
             except* Exception as caught:  # noqa: BLE001 (a top boundary: the job must end in words)
-                traceback.print_exception(caught)
-                self._report(progress.Failed(failure=_unexpected(caught)))
+                self._report(progress.Failed(failure=_failure(caught)))
         if self._scope.cancelled_caught:
             failure = Failure(code="Cancelled", message="the job was cancelled")
             self._report(progress.Failed(failure=failure))
         self._scope = None
 
     def _report(self, message: progress.Report) -> None:
-        data = progress.encode(message)
+        data = logs.without_kept(progress.encode(message).decode()).encode()
         while data:
             data = data[os.write(self._output_fd, data) :]
 
 
-def _unexpected(caught: ExceptionGroup[Exception]) -> Failure:
+def _failure(caught: ExceptionGroup[Exception]) -> Failure:
+    """Return the one failure that stands for all of `caught`: ours before what nobody foresaw."""
+    found, _ = caught.split(CkptdError)
+    if found is not None:
+        return Failure.of(groups.first(found, CkptdError))
     error = groups.first(caught, Exception)
+    if isinstance(error, MemoryError) or memory.is_exhaustion(error):
+        return Failure.of(memory.exhausted(error))
+    sys.stderr.write(crashes.told(caught))
     return Failure(
         code=type(error).__name__,
-        message=f"unexpected: {type(error).__name__}: {error}",
+        message=logs.without_secrets(f"unexpected: {type(error).__name__}: {error}"),
         hint="this is a fault of ckptd: please report it with the traceback in the daemon's log",
     )
 
@@ -110,10 +120,12 @@ def _work(start: progress.Start) -> job.Work:
         content_digest=spec.content_digest,
         pipeline_digest=spec.pipeline_digest,
         fingerprint=spec.fingerprint or None,
+        is_digest_durable=spec.boot_id == node.boot_id() != "",
         work_path=Path(start.work_path),
         output_path=Path(start.output_path) if start.output_path else None,
         push=start.push,
         endpoint=start.endpoint,
+        upload_limit=start.upload_limit,
         within=None,
         byte_budget=start.byte_budget,
         num_threads=start.num_threads,
@@ -128,10 +140,26 @@ def main() -> None:
     """Run the process."""
     parser = argparse.ArgumentParser(prog="ckptd.runner", description=__doc__)
     parser.add_argument("--preload", action="store_true", help="import torch at once")
+    parser.add_argument("--parent", type=int, help="end at once where another process is")
+    parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--io-priority", choices=("normal", "low", "idle"), default="normal")
+    parser.add_argument("--memory-bytes", type=int)
     options = parser.parse_args()
+    bounds = priority.Priority(
+        nice=options.nice, io_priority=options.io_priority, memory_bytes=options.memory_bytes
+    )
+    for problem in priority.apply(bounds):
+        sys.stderr.write(f"{problem}\n")
+    crashes.contain()
+    logs.configure(sys.stderr, output="json", level="warning")  # what libraries say, cleaned
     gc.set_threshold(100_000, 50, 1000)  # plans are many small values that all stay: half the time
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if options.parent not in {None, os.getppid()}:
+        return  # it died before the line above: a job sent to us has another worker by now
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        score = min(1000, int(_OOM_SCORE_PATH.read_text()) + _OOM_EXTRA)
+        _OOM_SCORE_PATH.write_text(str(score))
     # What libraries print must not mix with reports: standard output becomes standard error.
     output_fd = os.dup(1)
     os.dup2(2, 1)

@@ -21,13 +21,13 @@ from anyio import from_thread, to_thread
 
 from ckptd.aio.backoff import Backoff
 from ckptd.aio.budget import ByteBudget
-from ckptd.checkpoint import checkpoint, listing, whole
+from ckptd.checkpoint import checkpoint, content, listing, whole
 from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.checkpoint.writer import Cache
 from ckptd.errors import SourceChanged
 from ckptd.jobs import progress
 from ckptd.jobs.job import Outcome, State
-from ckptd.pipeline import compose, definition, origins
+from ckptd.pipeline import bases, compose, definition, origins
 from ckptd.pipeline.definition import Definition
 from ckptd.pipeline.stage import Base
 from ckptd.plan.plan import Plan
@@ -77,8 +77,12 @@ class Work:
     """What an adapter is merged into, where that was settled with the digest, which covers it."""
     base_digest: str | None = None
     base_fingerprint: str | None = None
+    is_digest_durable: bool = True
+    """False where the machine was started anew since `content_digest` was taken: it is taken again."""
     hub_patience: Backoff | None = None
     """How long a Hub that fails is tried again within the job; None for the publisher's default."""
+    upload_limit: int | None = None
+    """Most bytes a second that the push may send; None for no limit."""
 
 
 class Push(Protocol):
@@ -113,6 +117,8 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     )
     base = await around.base_at(work, place, tally)
     origin = origins.of(source, beside=around.beside(work), place=place)
+    if not work.is_digest_durable:
+        await to_thread.run_sync(lambda: check_digest(work, source, from_thread.check_cancelled))
     plan = await to_thread.run_sync(
         lambda: compose.decided(
             source, work.definition.stages, base=base, check=from_thread.check_cancelled
@@ -125,7 +131,7 @@ async def execute(work: Work, *, report: Report) -> Outcome:
     if push is not None:
         tally.enter(Phase.CHECKING)
         await push.open()
-    staging = Staging(work.work_path)
+    staging = Staging(work.work_path, check=from_thread.check_cancelled)
     async with tally.sampling():
         made = await _produce(work, source, base, plan, staging, push, written, tally)
         plan = made.plan
@@ -180,6 +186,21 @@ def open_source(work: Work) -> Checkpoint:
     )
 
 
+def check_digest(work: Work, source: Checkpoint, check: Callable[[], None] = lambda: None) -> None:
+    """Verify that `source` still is what was identified when the job was made; reads all of it.
+
+    Raises:
+        SourceChanged: a crash of the machine, say, took some of what was hashed then.
+    """
+    found = content.digest(checkpoint.identifying_files(source), check=check)
+    if work.base_digest is not None:
+        found = bases.together(found, work.base_digest)
+    if found != work.content_digest:
+        raise SourceChanged(
+            path=work.checkpoint_path, expected=str(work.content_digest)[:19], found=found[:19]
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Made:
     """The finished output; `plan` with what was found in it."""
@@ -216,7 +237,9 @@ async def _produce(
                 if push is not None:
                     uploads.start_soon(push.upload, output.of_shard(shard))
 
-            shards = await stream.run(finished=finished, on_shard=on_shard)
+            shards = await stream.run(
+                finished=finished, on_shard=on_shard, on_synced=staging.announce
+            )
             small = await to_thread.run_sync(
                 lambda: output.write_side_files(staging.out_path, plan=plan, card=card.written)
             )
@@ -227,6 +250,7 @@ async def _produce(
                     source=source,
                     plan=plan,
                     shards=shards,
+                    side_files=small,
                     provenance=output.Provenance(
                         run=work.run,
                         content_digest=work.content_digest,
@@ -282,6 +306,7 @@ async def _push(work: Work, wanted: definition.Push, card: Card, tally: Tally) -
         content_digest=work.content_digest,
         pipeline_digest=work.pipeline_digest,
         endpoint=work.endpoint,
+        upload_limit=work.upload_limit,
         patience=work.hub_patience,
         library=card.library,
         card_facts=card.facts,
@@ -299,6 +324,7 @@ def _stream(
             device=work.definition.device,
             num_threads=work.num_threads if plan.grows_rows else 1,
             sources=sources,
+            warn=lambda text: from_thread.run_sync(tally.told, text),
         )
     return Stream(
         plan,

@@ -12,6 +12,7 @@ import os
 import resource
 from pathlib import Path
 
+from ckptd.errors import NoMemory
 from ckptd.plan import blocks, transfer
 from ckptd.plan.plan import Computed, Plan
 
@@ -51,6 +52,23 @@ def used_peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_exhaustion(error: BaseException) -> bool:
+    """Say whether `error` is torch's CPU allocator that got no memory.
+
+    It raises a plain RuntimeError: its text is the only mark it bears (c10/core/impl/alloc_cpu.cpp).
+    """
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def exhausted(error: BaseException) -> NoMemory:
+    """Return what ran out, with the bound of this process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    what = (
+        " ".join(str(error).split()).partition("DefaultCPUAllocator: ")[2] or "an allocation failed"
+    )
+    return NoMemory(what, limit_bytes=None if limit == resource.RLIM_INFINITY else limit)
 
 
 def _has_xet() -> bool:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ckptd import __version__
 from ckptd.checkpoint import writer
@@ -93,21 +95,23 @@ def write_provenance(
     source: Checkpoint,
     plan: Plan,
     shards: Sequence[FinishedShard],
+    side_files: Sequence[OutputFile],
     provenance: Provenance,
 ) -> OutputFile:
-    """Put `ckptd.json` into `folder`.
+    """Put `ckptd.json` into `folder`; it names every other file but the model card.
 
     Raises:
         NoSpace, StorageFailed: the folder cannot be written.
     """
-    return _written(folder, PROVENANCE_NAME, _encode(provenance, source, plan, shards))
+    return _written(folder, PROVENANCE_NAME, _encode(provenance, source, plan, shards, side_files))
 
 
 def _written(folder: Path, name: str, content: bytes) -> OutputFile:
     path = folder / name
     writer.make_folder(path.parent)
     writer.write_file(path, content)
-    return OutputFile(path=path, name=name, nbytes=len(content), sha256=None)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return OutputFile(path=path, name=name, nbytes=len(content), sha256=sha256)
 
 
 def _read(file: SideFile) -> bytes:
@@ -186,7 +190,11 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _encode(
-    provenance: Provenance, source: Checkpoint, plan: Plan, shards: Sequence[FinishedShard]
+    provenance: Provenance,
+    source: Checkpoint,
+    plan: Plan,
+    shards: Sequence[FinishedShard],
+    side_files: Sequence[OutputFile],
 ) -> bytes:
     value = {
         "format": PROVENANCE_FORMAT,
@@ -212,10 +220,17 @@ def _encode(
                 for report in plan.reports
             ],
         },
-        "weights": [
-            {"name": shard.name, "nbytes": shard.nbytes, "sha256": shard.sha256} for shard in shards
+        "weights": [_named(of_shard(shard)) for shard in shards],
+        "files": [
+            _named(file)
+            for file in sorted(side_files, key=lambda file: file.name)
+            if file.name != CARD_NAME
         ],
         "total_size": plan.tensor_bytes,
         "total_parameters": plan.num_parameters,
     }
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _named(file: OutputFile) -> dict[str, Any]:
+    return {"name": file.name, "nbytes": file.nbytes, "sha256": file.sha256}

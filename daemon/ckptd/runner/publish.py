@@ -30,6 +30,7 @@ class HubPush:
         pipeline_digest: str,
         endpoint: str | None,
         patience: Backoff | None,
+        upload_limit: int | None = None,
         library: str = LIBRARY,
         card_facts: Facts = NOTHING,
         report: Callable[[HubEvent], None],
@@ -52,7 +53,7 @@ class HubPush:
                 pipeline_digest=pipeline_digest,
                 target=target.describe(push),
             ),
-            hub=HubClient(endpoint=endpoint),
+            hub=HubClient(endpoint=endpoint, upload_limit=upload_limit),
             report=report,
             patience=patience,
         )

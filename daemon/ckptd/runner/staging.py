@@ -3,31 +3,50 @@
 `<work>/out/` holds finished output files under their final names; `<work>/ledger.jsonl` says which
 plan they belong to and what they were when they were finished. An attempt under another plan
 starts over; under the same plan, files that are still what the ledger says are reused. Lines are
-appended and synced after the file they speak of, so that a torn last line costs one file at most.
+appended and synced after the file they speak of, so that a torn last line costs one file at most; its
+sha256 is noted before it gets its name, so that a kill between the two costs nothing.
+
+A file that anybody touched since has another change time and is made again. After a restart of the
+machine the disk may hold something else than what was synced, so that every file must also have the
+sha256 of the ledger then; one without a sha256 is made again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from ckptd.checkpoint import header, writer
-from ckptd.checkpoint.header import FileStamp
 from ckptd.errors import CkptdError
 from ckptd.plan.plan import Plan, ShardPlan
 from ckptd.plan.stream import FinishedShard
+from ckptd.telemetry import node
+
+_CHUNK_BYTES = 2 << 20
 
 
 class Staging:
-    """One job's folder. Blocking; owned by the job's process."""
+    """One job's folder. Blocking; owned by the job's process.
 
-    def __init__(self, work_path: Path) -> None:
+    `boot_id` names this start of the machine; where it is unknown (empty), every file is hashed. `check` is called while hashing and may raise to stop.
+    """
+
+    def __init__(
+        self,
+        work_path: Path,
+        *,
+        boot_id: str | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.work_path = work_path
+        self._boot_id = node.boot_id() if boot_id is None else boot_id
+        self._check = check
         self.out_path = work_path / "out"
         self._ledger_path = work_path / "ledger.jsonl"
 
@@ -49,13 +68,15 @@ class Staging:
         lines = self._read_ledger()
         if not lines or lines[0].get("plan") != plan.digest:
             self._clear(keep=())
-            writer.write_file(self._ledger_path, _line({"plan": plan.digest}))
+            writer.write_file(self._ledger_path, _line(self._head(plan)))
             return {}
-        by_name = {line["shard"]: line for line in lines if "shard" in line}
-        kept, finished = [lines[0]], {}
+        same_boot = lines[0].get("boot") == self._boot_id != ""
+        by_name = {line.get("shard", line.get("synced")): line for line in lines[1:]}
+        kept: list[Mapping[str, Any]] = [self._head(plan)]
+        finished = {}
         for shard in plan.shards:
-            line = by_name.get(shard.name)
-            if line is not None and self._holds(shard, line) and (line["sha256"] or not hashed):
+            line = self._reusable(shard, by_name.get(shard.name), same_boot, hashed)
+            if line is not None:
                 kept.append(line)
                 finished[shard.name] = FinishedShard(
                     name=shard.name,
@@ -68,20 +89,27 @@ class Staging:
         writer.write_file(self._ledger_path, b"".join(map(_line, kept)))
         return finished
 
-    def record(self, shard: FinishedShard) -> None:
-        """Note that `shard` is durable.
+    def announce(self, shard: FinishedShard) -> None:
+        """Note what `shard` will be once it has its name: its bytes are durable.
 
         Raises:
             NoSpace, StorageFailed: the ledger cannot be written.
         """
-        stat = shard.path.stat()
-        line = {
-            "shard": shard.name,
-            "nbytes": shard.nbytes,
-            "sha256": shard.sha256,
-            "ino": stat.st_ino,
-            "mtime_ns": stat.st_mtime_ns,
-        }
+        self._append({"synced": shard.name, "sha256": shard.sha256})
+
+    def record(self, shard: FinishedShard) -> None:
+        """Note that `shard` is durable under its name.
+
+        Raises:
+            NoSpace, StorageFailed: the ledger cannot be written.
+        """
+        self._append(_told(shard.name, shard.path.stat(), shard.sha256))
+
+    def remove(self) -> None:
+        """Remove the whole folder; nothing happens if it is gone."""
+        shutil.rmtree(self.work_path, ignore_errors=True)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
         try:
             fd = os.open(self._ledger_path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -91,10 +119,6 @@ class Staging:
                 os.close(fd)
         except OSError as error:
             raise writer.translated(error, self._ledger_path, 0) from error
-
-    def remove(self) -> None:
-        """Remove the whole folder; nothing happens if it is gone."""
-        shutil.rmtree(self.work_path, ignore_errors=True)
 
     def _clear(self, *, keep: Container[str]) -> None:
         """Remove everything but `keep`: what an earlier attempt left may belong there no more."""
@@ -125,19 +149,49 @@ class Staging:
             lines.append(line)
         return lines
 
-    def _holds(self, shard: ShardPlan, line: Mapping[str, Any]) -> bool:
+    def _head(self, plan: Plan) -> dict[str, Any]:
+        return {"plan": plan.digest, "boot": self._boot_id}
+
+    def _reusable(
+        self, shard: ShardPlan, line: Mapping[str, Any] | None, same_boot: bool, hashed: bool
+    ) -> Mapping[str, Any] | None:
+        """Return the ledger's line of `shard` where the file may be used as it is, else None."""
         path = self.out_path / shard.name
         try:
+            if line is None or (hashed and not line["sha256"]):
+                return None
             stat = path.stat()
-            same = FileStamp(
-                ino=line["ino"], nbytes=shard.nbytes, mtime_ns=line["mtime_ns"]
-            ) == FileStamp.of(stat)
-            if not same or "sha256" not in line:
-                return False
-            found = header.read(path)
+            specs = {tensor.spec for tensor in header.read(path).tensors}
+            if stat.st_size != shard.nbytes or specs != set(shard.tensors):
+                return None
+            if same_boot and "shard" in line:
+                sound = line == _told(shard.name, stat, line["sha256"])
+            else:
+                sound = line["sha256"] is not None and self._sha256(path) == line["sha256"]
         except (OSError, CkptdError, KeyError):
-            return False
-        return {tensor.spec for tensor in found.tensors} == set(shard.tensors)
+            return None
+        return _told(shard.name, stat, line["sha256"]) if sound else None
+
+    def _sha256(self, path: Path) -> str:
+        """Return the sha256 of a file in hexadecimal."""
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                self._check()
+        return digest.hexdigest()
+
+
+def _told(name: str, stat: os.stat_result, sha256: str | None) -> dict[str, Any]:
+    """Return what the ledger says of a file; any write, also one that resets mtime, changes it."""
+    return {
+        "shard": name,
+        "nbytes": stat.st_size,
+        "sha256": sha256,
+        "ino": stat.st_ino,
+        "mtime_ns": stat.st_mtime_ns,
+        "ctime_ns": stat.st_ctime_ns,
+    }
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

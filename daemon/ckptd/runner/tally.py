@@ -67,7 +67,11 @@ class Tally:
     def warned(self, stage: StageReport) -> None:
         """A stage has something to say."""
         for warning in stage.warnings:
-            self._report(progress.Warned(text=f"{stage.stage}: {warning}"))
+            self.told(f"{stage.stage}: {warning}")
+
+    def told(self, warning: str) -> None:
+        """Somebody should know this, though the job goes on."""
+        self._report(progress.Warned(text=warning))
 
     def reused(self, shards: Collection[FinishedShard]) -> None:
         """These files were finished by an earlier attempt; comes after `planned`."""

@@ -18,6 +18,8 @@ from typing import Any
 from ckptd.errors import CheckFailed
 from ckptd.plan.draft import StageReport, Verification
 from ckptd.quant import configuration
+from ckptd.runner import memory
+from ckptd.runner.evaluator import DeviceFailed
 
 _NUM_TOKENS = 16
 _LISTED = 5
@@ -77,20 +79,54 @@ def verify(
 
     Raises:
         CheckFailed: something is wrong and the definition says `on_failure: fail`.
+        DeviceFailed: the device is too small or lost, and `device` names it.
     """
     torch: Any = importlib.import_module("torch")
     chosen = importlib.import_module("ckptd.plan.evaluate").choose_device(device)
+    try:
+        found = _look(folder, wanted, source_path, chosen, check)
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        why = str(error).partition("\n")[0]
+        if device != "auto":
+            raise DeviceFailed(chosen, why) from error
+    else:
+        return _judged(found, wanted)
+    torch.cuda.empty_cache()
+    found = _look(folder, wanted, source_path, "cpu", check)
+    found.notes.append(f"verified on the CPU, {chosen} was given up: {why}")
+    return _judged(found, wanted)
+
+
+def _look(
+    folder: Path, wanted: Verification, source_path: Path, device: str, check: Callable[[], None]
+) -> _Findings:
+    """Return what is found in the output with everything on `device`."""
+    torch: Any = importlib.import_module("torch")
     found = _Findings()
     with torch.inference_mode():
-        logits, ids = _examine(folder, wanted, chosen, found, check)
+        logits, ids = _examine(folder, wanted, device, found, check)
         if wanted.compare and logits is not None and not found.problems:
             check()
             try:
-                source = _source_logits(source_path, ids, chosen, found.dtype)
+                source = _source_logits(source_path, ids, device, found.dtype)
             except (OSError, RuntimeError, ValueError) as error:
+                _raise_if_of_the_node(error)
                 found.problems.append(f"it cannot be compared, the source does not load: {error}")
             else:
                 _compare(logits, source, wanted.tolerance, found)
+    return found
+
+
+def _raise_if_of_the_node(error: Exception) -> None:
+    """Raise `error` again where it says nothing about the model: memory, or the device."""
+    torch: Any = importlib.import_module("torch")
+    if memory.is_exhaustion(error) or isinstance(
+        error, torch.OutOfMemoryError | torch.AcceleratorError
+    ):
+        raise error
+
+
+def _judged(found: _Findings, wanted: Verification) -> Verdict:
     verdict = Verdict(
         problems=tuple(found.problems), notes=tuple(found.notes), facts=dict(found.facts)
     )
@@ -119,6 +155,7 @@ def _examine(
     try:
         model, info = _load(folder, device)
     except (OSError, RuntimeError, ValueError) as error:
+        _raise_if_of_the_node(error)
         found.problems.append(f"it does not load: {error}")
         return None, None
     check()
@@ -142,6 +179,7 @@ def _examine(
     try:
         logits = _run(model, ids)
     except (RuntimeError, ValueError) as error:
+        _raise_if_of_the_node(error)
         found.problems.append(f"a forward fails: {error}")
         return None, None
     found.facts["logits"] = {"shape": list(logits.shape)}

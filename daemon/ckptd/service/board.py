@@ -7,6 +7,7 @@ all) a few times a second while it changes, where `ckptd status` finds it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from ckptd.telemetry.status import (
     DaemonStatus,
     DefinitionStatus,
     JobStatus,
+    LimitStatus,
     Phase,
     PinStatus,
     WatchStatus,
@@ -47,7 +49,9 @@ class Board:
         self._started_at = time.time()
         self._jobs: dict[str, JobStatus] = {}
         self._is_stale = False
+        self._moved_at: dict[str, float] = {}
         self.state = "starting"
+        self.limits: Callable[[dict[str, int]], tuple[LimitStatus, ...]] = lambda _: ()
         self.watches: Callable[[], tuple[WatchStatus, ...]] = tuple
         self.definitions: Callable[[], tuple[DefinitionStatus, ...]] = tuple
         self.pins: Callable[[], PinStatus | None] = lambda: None
@@ -67,14 +71,32 @@ class Board:
             phase=Phase.STARTING,
             started_at=time.time(),
         )
+        self._moved_at[spec.job_id] = time.monotonic()
 
     def ended(self, job_id: str) -> None:
         """The job is no longer running."""
         self._jobs.pop(job_id, None)
+        self._moved_at.pop(job_id, None)
+
+    @property
+    def running(self) -> list[str]:
+        """The ids of the jobs that run."""
+        return list(self._jobs)
+
+    def silent_jobs(self, silence_s: float) -> list[str]:
+        """Return the running jobs that have not moved for `silence_s` seconds.
+
+        A job moves when its runner says something; while it waits for the Hub it counts as moving
+        until that wait is over.
+        """
+        now = time.monotonic()
+        return [job_id for job_id, at in self._moved_at.items() if now - at > silence_s]
 
     def reported(self, job_id: str, report: progress.Report) -> None:
         """The job's runner has said something."""
         status = self._jobs[job_id]
+        waits_s = report.wait_s or 0.0 if isinstance(report, progress.HubReported) else 0.0
+        self._moved_at[job_id] = time.monotonic() + waits_s
         match report:
             case progress.PhaseChanged():
                 status = dataclasses.replace(
@@ -98,27 +120,36 @@ class Board:
             log.warning(
                 "waiting for the Hub", job=status.job_id, seconds=report.wait_s, why=report.text
             )
-            return dataclasses.replace(
-                status, note=f"waiting {report.wait_s or 0:.0f} s for the Hub: {report.text}"
-            )
-        log.debug("hub", job=status.job_id, what=report.event, file=report.path_in_repo)
-        return dataclasses.replace(status, note=None)
+            resumes_at = time.time() + (report.wait_s or 0.0)
+            why = (report.text or "").partition("; next try")[0]
+            return dataclasses.replace(status, note=why, resumes_at=resumes_at)
+        tell = log.info if report.text else log.debug
+        tell(
+            "hub",
+            job=status.job_id,
+            what=report.event,
+            file=report.path_in_repo,
+            text=report.text,
+        )
+        return dataclasses.replace(status, note=None, resumes_at=None)
 
     def snapshot(self, counts: dict[str, int]) -> DaemonStatus:
         """Return the status now; `counts` are the jobs by state."""
+        now = time.time()
         return DaemonStatus(
             version=__version__,
             pid=os.getpid(),
             state=self.state,
             started_at=self._started_at,
-            at=time.time(),
+            at=now,
             endpoint=self._endpoint,
             slots=self._slots,
-            jobs=tuple(self._jobs.values()),
+            jobs=tuple(_counted_down(status, now) for status in self._jobs.values()),
             counts=counts,
             watches=self.watches(),
             definitions=self.definitions(),
             pins=self.pins(),
+            limits=self.limits(counts),
         )
 
     def _write(self, path: Path, text: str) -> None:
@@ -152,3 +183,12 @@ class Board:
                 await to_thread.run_sync(self._write, path, status.to_json())
                 notify(status.line)
             await anyio.sleep(PUBLISH_S)
+
+
+def _counted_down(status: JobStatus, now: float) -> JobStatus:
+    """Return the status with the seconds that its wait for the Hub still takes."""
+    if status.resumes_at is None:
+        return status
+    left_s = math.ceil(status.resumes_at - now)
+    note = f"waiting {left_s} s for the Hub: {status.note}" if left_s > 0 else None
+    return dataclasses.replace(status, note=note)

@@ -8,6 +8,7 @@ once; nothing is lost by it, for the next start takes up from any point.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -24,9 +25,12 @@ from anyio.abc import TaskGroup, TaskStatus
 from ckptd.checkpoint import writer
 from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.errors import SettingsError
+from ckptd.jobs.job import Job
 from ckptd.jobs.sqlite import SqliteStore
 from ckptd.jobs.store import JobStore
 from ckptd.pipeline.definition import Definition
+from ckptd.service import credentials, limits, stopping, watchdog
+from ckptd.service.admission import Admission, Caps
 from ckptd.service.board import Board
 from ckptd.service.definitions import Definitions
 from ckptd.service.housekeeping import Janitor, PinLimits
@@ -44,6 +48,10 @@ log = structlog.get_logger()
 
 RELOAD_S = 2.0
 """Seconds between two looks at the definitions folder."""
+REPLACING_S = 120.0
+"""How long the worker may take to replace a runner that hangs before the watchdog starves."""
+FORGET_S = 86_400.0
+"""Seconds between two looks for history that is too old."""
 
 
 class Daemon:
@@ -61,6 +69,40 @@ class Daemon:
         self._held = OpenFiles()
         self._watchers: dict[str, list[Watcher]] = {}
         self._scopes: dict[str, tuple[Definition, anyio.CancelScope]] = {}
+        self._worker: Worker | None = None
+        self._reload_asked = anyio.Event()
+        caps = Caps(
+            per_repo=settings.jobs_per_repo,
+            per_device=settings.jobs_per_device,
+            min_free_bytes=settings.min_free_bytes,
+        )
+        self._admission = Admission(caps, state_path=settings.state_dir)
+        self._board.limits = lambda counts: limits.statuses(
+            settings, counts=counts, caps=caps, found=self._admission.found
+        )
+
+    def reload(self) -> None:
+        """Read the definitions again now."""
+        self._reload_asked.set()
+
+    async def drain(self) -> None:
+        """Stop watching and taking jobs; return when those that run have ended or had their time.
+
+        A daemon that is still starting has nothing to wait for.
+        """
+        self._notifier.stopping()
+        if self._board.state != "running" or self._worker is None:
+            return
+        self._board.state = "stopping"
+        for _, scope in self._scopes.values():
+            scope.cancel()
+        self._worker.drain()
+        await stopping.drain(
+            self._worker.ended,
+            self._notifier,
+            board=self._board,
+            grace_s=self._settings.stop_grace,
+        )
 
     async def run(self, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; started when everything that is defined is watched.
@@ -83,13 +125,42 @@ class Daemon:
             os.close(lock_fd)
 
     async def _serve(self, store: JobStore, task_status: TaskStatus[None]) -> None:
-        settings = self._settings
+        janitor = await self._tidied(store)
+        worker = self._worker = self._make_worker(store)
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(worker.run)
+                await self._apply(group, store, worker)
+                group.start_soon(janitor.run)
+                group.start_soon(self._reload, group, store, worker)
+                self._board.state = "running"
+                group.start_soon(self._feed_watchdog, store)
+                group.start_soon(self._forget, store)
+                group.start_soon(credentials.follow, store, worker.poke)
+                group.start_soon(
+                    self._board.publish, self._settings.state_dir, store, self._notifier.status
+                )
+                self._notifier.ready()
+                log.info("daemon ready", definitions=list(self._definitions.in_use))
+                task_status.started()
+        finally:
+            self._board.state = "stopping"
+            self._notifier.stopping()
+            log.info("daemon stopped")
+
+    async def _tidied(self, store: JobStore) -> Janitor:
+        """Take back what a daemon that was killed held, remove what it left behind."""
         reaped = await store.reap(now=time.time(), every=True)
         if reaped:
             log.info("jobs taken back", jobs=[job.job_id for job in reaped])
         await to_thread.run_sync(self._definitions.look)
-        await (janitor := self._janitor(store)).sweep(await store.list())
-        worker = Worker(
+        janitor = self._janitor(store)
+        await janitor.sweep(await store.list())
+        return janitor
+
+    def _make_worker(self, store: JobStore) -> Worker:
+        settings = self._settings
+        return Worker(
             name=f"{socket.gethostname()}:{os.getpid()}",
             store=store,
             board=self._board,
@@ -100,34 +171,53 @@ class Daemon:
                 num_threads=settings.threads,
                 cache=settings.cache,
                 endpoint=settings.hub_endpoint,
+                upload_limit=_share(settings.upload_limit, settings.slots),
                 lease_s=settings.lease,
                 limits=settings.retry_limits,
+                stall_s=settings.stall_timeout,
+                vanished=self._look_again,
                 preload=lambda: self._definitions.computes,
+                bounds=_bounds(settings),
+                admit=self._admission.look,
             ),
         )
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(worker.run)
-                await self._apply(group, store, worker)
-                group.start_soon(janitor.run)
-                group.start_soon(self._reload, group, store, worker)
-                self._board.state = "running"
-                group.start_soon(
-                    self._board.publish, settings.state_dir, store, self._notifier.status
-                )
-                self._notifier.ready()
-                log.info("daemon ready", definitions=list(self._definitions.in_use))
-                task_status.started()
-        finally:
-            self._board.state = "stopping"
-            self._notifier.stopping()
-            log.info("daemon stopped")
+
+    def _look_again(self, job: Job) -> None:
+        """A job's pin is gone: the trainer's folder may be there still."""
+        for watcher in self._watchers.get(job.spec.pipeline, ()):
+            watcher.rearm(Path(job.spec.source_path))
+
+    async def _feed_watchdog(self, store: JobStore) -> None:
+        await watchdog.feed(
+            self._notifier,
+            board=self._board,
+            silence_s=self._settings.stall_timeout + REPLACING_S,
+            answers=store.counts,
+        )
+
+    async def _forget(self, store: JobStore) -> None:
+        while True:
+            dropped = await store.forget(before=time.time() - self._settings.history)
+            if dropped:
+                log.info("old history dropped", rows=dropped)
+            await anyio.sleep(FORGET_S)
 
     async def _reload(self, group: TaskGroup, store: JobStore, worker: Worker) -> None:
         while True:
-            await anyio.sleep(RELOAD_S)
-            if await to_thread.run_sync(self._definitions.look):
+            with anyio.move_on_after(RELOAD_S):
+                await self._reload_asked.wait()
+            asked = self._reload_asked.is_set()
+            if asked and self._board.state != "running":
+                return  # it stops: READY would say otherwise
+            if asked:
+                self._reload_asked = anyio.Event()
+                self._notifier.reloading()
+            changed = await to_thread.run_sync(self._definitions.look)
+            if changed and self._board.state == "running":
                 await self._apply(group, store, worker)
+            if asked and self._board.state == "running":
+                log.info("definitions reloaded", definitions=list(self._definitions.in_use))
+                self._notifier.ready()
 
     async def _apply(self, group: TaskGroup, store: JobStore, worker: Worker) -> None:
         """Watch what the definitions in use say, and nothing else."""
@@ -156,6 +246,7 @@ class Daemon:
     ) -> None:
         """Run the intakes of one definition until it changes."""
         watchers = []
+        followed = False
         with scope:
             async with anyio.create_task_group() as group:
                 for watch, pins in zip(definition.watch, self._pins(definition), strict=True):
@@ -175,10 +266,14 @@ class Daemon:
                         store=store,
                         bases=self._bases,
                         queued=worker.poke,
+                        max_queued=self._settings.max_queued,
                     )
                     await group.start(intake.run)
                 self._watchers[definition.pipeline] = watchers
+                followed = True
                 task_status.started()
+        if not followed:  # the daemon stops while it starts to watch
+            task_status.started()
 
     def _janitor(self, store: JobStore) -> Janitor:
         settings = self._settings
@@ -212,30 +307,61 @@ class Daemon:
 async def run_until_signal(daemon: Daemon) -> None:
     """Run `daemon` until SIGTERM or SIGINT; a second one ends the process at once.
 
+    SIGHUP has the definitions read again.
+
     Raises:
         SettingsError, StorageFailed: see `Daemon.run`.
     """
     async with anyio.create_task_group() as group:
-        group.start_soon(_wait_for_signals, group)
+        group.start_soon(_wait_for_signals, group, daemon)
         await daemon.run()
 
 
-async def _wait_for_signals(group: TaskGroup) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        stopping = False
+async def _wait_for_signals(group: TaskGroup, daemon: Daemon) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        told = False
         async for number in signals:
-            if stopping:
+            if number == signal.SIGHUP:
+                daemon.reload()
+                continue
+            if told:
                 os._exit(128 + number)
-            stopping = True
+            told = True
             log.info("stopping", signal=signal.Signals(number).name)
-            group.cancel_scope.cancel()
+            group.start_soon(_end, group, daemon)
+
+
+async def _end(group: TaskGroup, daemon: Daemon) -> None:
+    await daemon.drain()
+    group.cancel_scope.cancel()
+
+
+def _share(limit: int | None, slots: int) -> int | None:
+    return None if limit is None else max(1, limit // slots)
+
+
+def _bounds(settings: Settings) -> tuple[str, ...]:
+    """Return what a runner may take of the node, as options of `ckptd.runner`."""
+    return (
+        f"--nice={settings.nice}",
+        f"--io-priority={settings.io_priority}",
+        f"--memory-bytes={settings.runner_memory}",
+    )
 
 
 def _lock(state_path: Path) -> int:
-    """Make the state folder ours alone; the lock lives as long as the descriptor."""
+    """Make the state folder ours alone; the lock lives as long as the descriptor.
+
+    Raises:
+        SettingsError: another daemon has it.
+        StorageFailed: it cannot be written.
+    """
     writer.make_folder(state_path)
-    state_path.chmod(0o700)
-    fd = os.open(state_path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        state_path.chmod(0o700)
+        fd = os.open(state_path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise writer.translated(error, state_path / "lock", 0) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -254,10 +380,9 @@ def _identity(state_path: Path) -> str:
         StorageFailed: the state folder cannot be written.
     """
     path = state_path / "identity"
-    try:
-        return path.read_text()
-    except FileNotFoundError:
-        pass
+    with contextlib.suppress(FileNotFoundError):
+        if known := path.read_text().strip("\0\n"):  # a crash of the machine may leave zeros
+            return known
     identity = secrets.token_hex(8)
     writer.write_file(path, identity.encode())
     return identity

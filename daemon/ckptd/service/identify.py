@@ -16,6 +16,7 @@ from ckptd.pipeline import bases as base_models
 from ckptd.pipeline import definition as definitions
 from ckptd.pipeline import origins, target
 from ckptd.pipeline.definition import Definition, Push, Watch
+from ckptd.telemetry import node
 
 
 class KnownBases:
@@ -116,6 +117,7 @@ def spec_of(
         step=source.step,
         content_digest=content_digest,
         fingerprint=before.fingerprint_id,
+        boot_id=node.boot_id(),
         pipeline_digest=pipeline_digest,
         target=described,
         git_tag=None if push is None else push.git_tag,

@@ -11,6 +11,7 @@ store that says what became of it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -30,6 +31,7 @@ from ckptd.jobs.job import State
 from ckptd.jobs.store import JobStore, Sighting, Verdict
 from ckptd.pipeline.definition import Definition, Watch
 from ckptd.service import identify, judging, policies
+from ckptd.service.admission import QueueRoom
 from ckptd.service.identify import KnownBases
 from ckptd.service.judging import Candidate, Lost
 from ckptd.service.pins import Pins
@@ -63,6 +65,7 @@ class Intake:
         store: JobStore,
         bases: KnownBases,
         queued: Callable[[], None],
+        max_queued: int,
     ) -> None:
         self._definition = definition
         self._watch = watch
@@ -74,6 +77,7 @@ class Intake:
         self._file_sets: dict[Path, FileSet] = {}
         self._candidates: dict[Path, Candidate] = {}
         self._parting: set[Path] = set()
+        self._room = QueueRoom(store, max_queued=max_queued)
         self._log = log.bind(pipeline=definition.pipeline)
 
     async def run(
@@ -240,6 +244,7 @@ class Intake:
         if self._is_stale(candidate):
             return  # judged already, or changed since: a newer one will come
         try:
+            await self._room.wait(functools.partial(self._tell_full, candidate))
             await self._judge(candidate)
         except errors.CheckpointVanished:
             await self._lost(candidate)
@@ -249,6 +254,10 @@ class Intake:
             await self._refuse(candidate, error)
         except OSError as error:  # of the file system, not of the checkpoint: not final
             await self._wait(candidate, f"{candidate.path}: {error}")
+
+    async def _tell_full(self, candidate: Candidate, why: str) -> None:
+        self._log.warning("queue full", checkpoint=str(candidate.path), why=why)
+        await self._note(candidate, Verdict.INCOMPLETE, reason=why)
 
     def _is_stale(self, candidate: Candidate) -> bool:
         current = self._candidates.get(candidate.path)
@@ -316,6 +325,8 @@ class Intake:
         """Judge quiet, incomplete checkpoints again: some verdicts change with time alone."""
         while True:
             await anyio.sleep(_REJUDGE_S)
+            if self._room.is_full:
+                continue
             for candidate in list(self._candidates.values()):
                 if candidate.why is None or not candidate.settled:
                     continue

@@ -1,10 +1,10 @@
 """Where the pins of a definition are, and their life: live while a folder grows, frozen for a job.
 
 `<root>/.ckptd/live/<id>/` follows a folder of the trainer; when the checkpoint is taken it is
-renamed to `<root>/.ckptd/pins/<job>/` and never changed again, so that a trainer that writes into
-the same folder once more gets a new live pin. Where the root cannot be written, files are held open
-and copied to the state folder. `service.pinned` looks after the pins of all definitions together.
-Everything here blocks.
+renamed to `<root>/.ckptd/pins/<job>-<owner>/` and never changed again, so that a trainer that
+writes into the same folder once more gets a new live pin. Where the root cannot be written, files
+are held open and copied to the state folder. `service.pinned` looks after the pins of all
+definitions together. Everything here blocks.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ class Pins:
         return base / "live" / hashlib.sha256(key).hexdigest()[:16]
 
     def frozen_path(self, live_path: Path, job_id: str) -> Path:
-        """Return where the pin of a job is, on the same mount as its live one."""
-        return live_path.parent.parent / "pins" / job_id
+        """Return where the pin of a job is, on the same mount as its live one.
+
+        Daemons that share a root have the same id for the same work, and each its own pin.
+        """
+        return live_path.parent.parent / "pins" / f"{job_id}-{self._owner[:8]}"
 
     def refresh_early(self, live_path: Path, source: Path) -> bool:
         """Bring the live pin up to what is in `source` now where that is nearly free.

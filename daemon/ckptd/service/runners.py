@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import anyio
 from anyio.abc import Process
@@ -21,9 +24,13 @@ class RunnerProcess:
         self._process = process
 
     @classmethod
-    async def start(cls, *, preload: bool) -> RunnerProcess:
-        """Start a process that waits for a job; with `preload` it imports torch meanwhile."""
-        command = [sys.executable, "-m", "ckptd.runner"] + (["--preload"] if preload else [])
+    async def start(cls, *, preload: bool, bounds: Sequence[str] = ()) -> RunnerProcess:
+        """Start a process that waits for a job; with `preload` it imports torch meanwhile.
+
+        `bounds` are the runner's options about what it may take of the node.
+        """
+        command = [sys.executable, "-m", "ckptd.runner", f"--parent={os.getpid()}", *bounds]
+        command += ["--preload"] if preload else []
         # Standard error is ours: what a library prints there belongs to the daemon's log.
         process = await anyio.open_process(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None
@@ -60,7 +67,7 @@ class RunnerProcess:
         while True:
             try:
                 pending += await self._process.stdout.receive(_READ_BYTES)
-            except (anyio.EndOfStream, anyio.BrokenResourceError):
+            except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return
             while (end := pending.find(b"\n")) >= 0:
                 message = progress.decode(bytes(pending[:end]))
@@ -78,6 +85,9 @@ class RunnerProcess:
         """Kill the process and wait for its end."""
         with anyio.CancelScope(shield=True):
             if self._process.returncode is None:
-                self._process.kill()
+                # Not `Process.kill`: it takes the status of a process that has just ended away
+                # from the event loop, which then knows no better than 255.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._process.pid, signal.SIGKILL)
             await self._process.wait()
             await self._process.aclose()

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +21,13 @@ import structlog
 from ckptd import errors
 from ckptd.checkpoint.writer import Cache
 from ckptd.jobs import progress
-from ckptd.jobs.job import Failure, Job, Outcome, RetryLimits, State
-from ckptd.jobs.store import JobStore
+from ckptd.jobs.failing import RUNNER_DIED, Failure, RetryLimits
+from ckptd.jobs.job import Job, Outcome, State
+from ckptd.jobs.store import Admit, JobStore
 from ckptd.service import housekeeping, policies
 from ckptd.service.board import Board
 from ckptd.service.runners import RunnerProcess
+from ckptd.service.vigil import Vigil
 
 log = structlog.get_logger()
 
@@ -33,8 +35,12 @@ START_PAUSE_S = 10.0
 """Pause after a runner could not be started: the node is short of something."""
 CANCEL_PATIENCE_S = 15.0
 """How long a runner may take to stop a job before it is killed."""
+RECORD_S = 10.0
+"""How long an orderly stop waits for a job store that is locked; the next start knows as well."""
 POLL_S = 2.0
 """How soon a change made by another process (`ckptd jobs retry`) is noticed."""
+LEAST_BUDGET_BYTES = 16_000_000
+"""A job that crashes its runner gets half the budget each time, down to this."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +53,21 @@ class WorkerOptions:
     num_threads: int
     cache: Cache
     endpoint: str | None
+    upload_limit: int | None = None
+    """Most bytes a second that one runner may send."""
     lease_s: float
     """How long a job stays ours without a sign of life."""
     limits: RetryLimits
     preload: Callable[[], bool]
     """Whether a definition in use computes, so that a runner should import torch ahead."""
+    stall_s: float = 900.0
+    """How long a runner may say nothing new before it is replaced."""
+    vanished: Callable[[Job], None] = lambda _: None
+    """Is told of jobs whose pin is gone: the source may be there still."""
+    bounds: tuple[str, ...] = ()
+    """What a runner may take of the node, as its options."""
+    admit: Callable[[], Awaitable[Admit | None]]
+    """The rule that says which job may begin, as it is now."""
 
 
 class Worker:
@@ -63,6 +79,14 @@ class Worker:
         self._board = board
         self._options = options
         self._news = anyio.Event()
+        self._draining = False
+        self.ended = anyio.Event()
+        """Set when the last job has ended after `drain`."""
+
+    def drain(self) -> None:
+        """Take no more jobs; those that run go on, and `run` returns when they have ended."""
+        self._draining = True
+        self.poke()
 
     def poke(self) -> None:
         """Look for a job now: one was queued."""
@@ -71,9 +95,23 @@ class Worker:
 
     async def run(self) -> None:
         """Work until cancelled; then runners are stopped and leases are given back."""
-        async with anyio.create_task_group() as group:
-            for number in range(self._options.slots):
-                group.start_soon(self._slot, f"{self._name}/{number}")
+        async with anyio.create_task_group() as tidying:
+            tidying.start_soon(self._tidy_cancelled)
+            async with anyio.create_task_group() as group:
+                for number in range(self._options.slots):
+                    group.start_soon(self._slot, f"{self._name}/{number}")
+            tidying.cancel_scope.cancel()
+        self.ended.set()
+
+    async def _tidy_cancelled(self) -> None:
+        """Remove pins and staging of jobs that a person cancels while they wait."""
+        tidied: dict[str, float] = {}
+        while True:
+            for job in await self._store.list(states={State.CANCELLED}):
+                if tidied.get(job.job_id) != job.updated_at:
+                    await anyio.to_thread.run_sync(housekeeping.tidy, job, self._options.state_path)
+                    tidied[job.job_id] = job.updated_at
+            await anyio.sleep(POLL_S)
 
     async def _slot(self, worker: str) -> None:
         runner: RunnerProcess | None = None
@@ -85,19 +123,21 @@ class Worker:
                     runner, idle_deaths = None, idle_deaths + 1
                 if runner is None:
                     try:
-                        runner = await RunnerProcess.start(preload=self._options.preload())
+                        runner = await RunnerProcess.start(
+                            preload=self._options.preload(), bounds=self._options.bounds
+                        )
                     except OSError as error:
                         log.error("runner not started", why=str(error))
                         await anyio.sleep(START_PAUSE_S)
                         continue
-                now = time.time()
+                if self._draining:
+                    return
+                admit = await self._options.admit()
                 job = await self._store.acquire(
-                    worker=worker, lease_s=self._options.lease_s, now=now
+                    worker=worker, lease_s=self._options.lease_s, now=time.time(), admit=admit
                 )
                 if job is None:
-                    news = self._news
-                    with anyio.move_on_after(POLL_S):
-                        await news.wait()
+                    await self._pause()
                     continue
                 idle_deaths = 0
                 if await self._passes_over(job, worker):
@@ -109,10 +149,18 @@ class Worker:
             if runner is not None:
                 await runner.close()
 
+    async def _pause(self) -> None:
+        """Wait for news, or until a job falls due."""
+        news = self._news
+        now = time.time()
+        due = await self._store.next_due(now=now)
+        with anyio.move_on_after(POLL_S if due is None else min(POLL_S, due - now + 0.01)):
+            await news.wait()
+
     async def _mourn(self, runner: RunnerProcess, idle_deaths: int) -> None:
         """Tidy up after a runner that died while it waited: no job's fault, so no job's failure."""
-        failure = await self._death(runner)
-        log.warning("runner replaced", why=failure.message)
+        await runner.close()
+        log.warning("runner replaced", status=await runner.exit_status())
         if idle_deaths:
             await anyio.sleep(START_PAUSE_S)
 
@@ -135,21 +183,24 @@ class Worker:
     async def _do(self, job: Job, runner: RunnerProcess, worker: str) -> bool:
         """Have `runner` do `job`; return whether the runner can take another one."""
         spec = job.spec
-        logger = log.bind(job=spec.job_id, run=spec.run, checkpoint=spec.name, target=spec.target)
+        logger = log.bind(
+            job=spec.job_id, run=spec.run, step=spec.step, checkpoint=spec.name, target=spec.target
+        )
         logger.info("job started", attempt=job.attempt, pipeline=spec.pipeline)
         self._board.started(job, worker=worker)
         ending: progress.Finished | progress.Failed | None = None
         lost = False
+        vigil = Vigil(stall_s=self._options.stall_s)
         try:
             try:
-                ending = await self._converse(job, runner, worker)
+                ending = await self._converse(job, runner, worker, vigil)
             except* errors.LeaseLost:
                 lost = True
         except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True), contextlib.suppress(errors.LeaseLost):
-                await runner.close()
+            await runner.close()
+            with anyio.move_on_after(RECORD_S, shield=True), contextlib.suppress(errors.LeaseLost):
                 await self._release(spec.job_id, worker)
-            logger.info("job released", reason="the daemon stops")
+                logger.info("job released", reason="the daemon stops")
             raise
         finally:
             self._board.ended(spec.job_id)
@@ -157,42 +208,50 @@ class Worker:
             logger.warning("lease lost, job left to its new worker")
             return False
         try:
-            return await self._settle(job, ending, runner, worker, logger)
+            if ending is None:
+                await runner.close()
+                ending = progress.Failed(failure=vigil.loss(await runner.exit_status()))
+            return await self._settle(job, ending, worker, logger)
         except errors.LeaseLost:
             logger.warning("lease lost, the job's end is its new worker's to record")
             return False
 
     async def _converse(
-        self, job: Job, runner: RunnerProcess, worker: str
+        self, job: Job, runner: RunnerProcess, worker: str, vigil: Vigil
     ) -> progress.Finished | progress.Failed | None:
         """Return how the runner says the job ended; None if it died without a word."""
         spec = job.spec
         start = progress.Start(
             spec=spec,
             work_path=str(housekeeping.work_path(self._options.state_path, spec.job_id)),
-            byte_budget=self._options.byte_budget,
+            byte_budget=_budget(self._options.byte_budget, job.failure),
             num_threads=self._options.num_threads,
             cache=self._options.cache,
             endpoint=self._options.endpoint,
+            upload_limit=self._options.upload_limit,
             attempt=job.attempt,
         )
         ending: progress.Finished | progress.Failed | None = None
         async with anyio.create_task_group() as group:
-            group.start_soon(self._keep_lease, spec.job_id, runner, worker)
+            group.start_soon(self._keep_lease, spec.job_id, runner, worker, vigil)
             if await runner.send(start):
                 try:
                     async with contextlib.aclosing(runner.reports()) as reports:
                         async for report in reports:
+                            vigil.heard(report)
                             self._board.reported(spec.job_id, report)
                             if isinstance(report, progress.Finished | progress.Failed):
                                 ending = report
                                 break
                 except ValueError as error:
                     log.error("runner wrote nonsense", job=spec.job_id, error=str(error))
+                    vigil.give_up("wrote something that is no report")
             group.cancel_scope.cancel()
         return ending
 
-    async def _keep_lease(self, job_id: str, runner: RunnerProcess, worker: str) -> None:
+    async def _keep_lease(
+        self, job_id: str, runner: RunnerProcess, worker: str, vigil: Vigil
+    ) -> None:
         asked_at: float | None = None
         lease_s = self._options.lease_s
         extended = time.monotonic()
@@ -202,7 +261,8 @@ class Worker:
             if job.cancel_requested and asked_at is None:
                 asked_at = time.monotonic()
                 await runner.send(progress.Cancel(reason="cancelled by hand"))
-            elif asked_at is not None and time.monotonic() - asked_at > CANCEL_PATIENCE_S:
+            deaf = asked_at is not None and time.monotonic() - asked_at > CANCEL_PATIENCE_S
+            if deaf or vigil.hangs():
                 await runner.close()
             if time.monotonic() - extended > lease_s / 4:
                 await self._store.extend(job_id, worker=worker, lease_s=lease_s, now=time.time())
@@ -211,8 +271,7 @@ class Worker:
     async def _settle(
         self,
         job: Job,
-        ending: progress.Finished | progress.Failed | None,
-        runner: RunnerProcess,
+        ending: progress.Finished | progress.Failed,
         worker: str,
         logger: structlog.stdlib.BoundLogger,
     ) -> bool:
@@ -235,7 +294,7 @@ class Worker:
             ended = await self._release(job_id, worker)
             logger.info(f"job {ended.state.value}", reason=ended.reason)
         else:
-            failure = ending.failure if ending is not None else await self._death(runner)
+            failure = ending.failure
             # The pin that was read is gone when a person reads the reason.
             told = failure.message.replace(job.spec.pinned_path, job.spec.source_path)
             failure = dataclasses.replace(failure, message=told)
@@ -254,12 +313,14 @@ class Worker:
                 next_try_s=None if ended.next_try_at is None else round(ended.next_try_at - now, 1),
             )
         await anyio.to_thread.run_sync(housekeeping.tidy, ended, self._options.state_path)
+        if ended.state is State.VANISHED:
+            self._options.vanished(ended)
         # After a failure or a cancel, threads of the Hub's client may still be at work in it.
         return isinstance(ending, progress.Finished)
 
-    async def _was_cancelled(self, job_id: str, ending: progress.Failed | None) -> bool:
+    async def _was_cancelled(self, job_id: str, ending: progress.Failed) -> bool:
         """Whether the job ended because it was told to, by the runner's word or by its death."""
-        if ending is None:
+        if ending.failure.code == RUNNER_DIED:
             return (await self._store.get(job_id)).cancel_requested
         return ending.failure.code == "Cancelled"
 
@@ -268,13 +329,9 @@ class Worker:
             job_id, worker=worker, reason="stopped before it was done", now=time.time()
         )
 
-    async def _death(self, runner: RunnerProcess) -> Failure:
-        await runner.close()
-        status = await runner.exit_status()
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        return Failure(
-            code="RunnerDied",
-            message=f"the runner process ended with {how}",
-            hint="out of memory or killed? the kernel's log says; the job goes on where it was",
-            retry=errors.Retry.LATER,
-        )
+
+def _budget(byte_budget: int, failure: Failure | None) -> int:
+    """Return the bytes in flight of the next try: fewer where the last ones ran out of memory."""
+    if failure is None or not failure.crashes:
+        return byte_budget
+    return max(min(byte_budget, LEAST_BUDGET_BYTES), byte_budget >> failure.crashes)

@@ -3,20 +3,25 @@
 `configure` is called once, by the command that starts; everything else says
 `structlog.get_logger().info("checkpoint settled", path=...)`. Records of other libraries (standard
 `logging`) take the same way out. No secret leaves: the last step before a record becomes text
-replaces tokens wherever they stand, in messages, fields and tracebacks.
+replaces tokens wherever they stand, in messages, fields and tracebacks. `keep_secret` names a text
+that must not leave this process from now on; whoever reads a token calls it.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any, Literal, TextIO
+from urllib.parse import quote
 
 import structlog
 from structlog.typing import Processor
 
-Format = Literal["auto", "console", "json"]
+from ckptd.telemetry import journal
+
+Format = Literal["auto", "console", "json", "journal"]
 Level = Literal["debug", "info", "warning", "error"]
 
 HIDDEN = "[hidden]"
@@ -43,16 +48,42 @@ _SHORTEST_SECRET_CHARS = 6
 _DEEPEST = 8
 
 
+_kept: set[str] = set()
+"""Of this process, like its logging: a token is replaced while filters that know the old one live."""
+
+
+def keep_secret(text: str) -> None:
+    """Hide `text` from every log line and error of this process, from now on."""
+    if len(text) >= _SHORTEST_SECRET_CHARS:
+        _kept.update({text, quote(text, safe=""), json.dumps(text)[1:-1]})
+
+
+def without_kept(text: str) -> str:
+    """Return `text`, which may be JSON and stays so, without what `keep_secret` was given."""
+    for secret in sorted(_kept, key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` without secrets, for what leaves this process on other ways than its logs."""
+    text = without_kept(text)
+    for pattern, replacement in _SECRET_TEXTS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
 class SecretFilter:
     """A structlog processor that replaces secrets in a record, however deep they stand.
 
     Hidden are Hub tokens, values of `Authorization` headers, signatures in URLs, values of fields
-    named like a secret (`token`, `authorization`, `password`...), and every text in `secrets`.
+    named like a secret (`token`, `authorization`, `password`...), and every text that was given to
+    `keep_secret`, `secrets` among them.
     """
 
     def __init__(self, secrets: Collection[str] = ()) -> None:
-        literal = [re.escape(text) for text in secrets if len(text) >= _SHORTEST_SECRET_CHARS]
-        self._literal = re.compile("|".join(literal)) if literal else None
+        for text in secrets:
+            keep_secret(text)
 
     def __call__(
         self, logger: object, method: str, event: MutableMapping[str, Any]
@@ -62,11 +93,7 @@ class SecretFilter:
 
     def text(self, text: str) -> str:
         """Return `text` without secrets."""
-        if self._literal is not None:
-            text = self._literal.sub(HIDDEN, text)
-        for pattern, replacement in _SECRET_TEXTS:
-            text = pattern.sub(replacement, text)
-        return text
+        return without_secrets(text)
 
     def _clean(self, value: object, *, key: str, depth: int) -> object:
         if value is not None and not isinstance(value, bool) and _SECRET_KEYS.search(key):
@@ -94,10 +121,12 @@ def configure(
 ) -> None:
     """Send all logs of this process to `stream`; calling it again replaces what was set.
 
-    `auto` writes for people where `stream` is a terminal and JSON elsewhere. `secrets` are texts
+    `auto` writes for people where `stream` is a terminal, entries with fields where it goes to
+    systemd's journal (as `journal` does always), and JSON elsewhere. `secrets` are texts
     that must never appear, such as a token that does not look like one.
     """
-    as_json = output == "json" or (output == "auto" and not stream.isatty())
+    if output == "auto":
+        output = _format_for(stream)
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -109,9 +138,11 @@ def configure(
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.format_exc_info,
         SecretFilter(secrets),
-        _json_renderer() if as_json else _console_renderer(colors=stream.isatty()),
+        _renderer(output, stream),
     ]
-    handler = logging.StreamHandler(stream)
+    handler = (
+        journal.JournalHandler(stream) if output == "journal" else logging.StreamHandler(stream)
+    )
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last)
     )
@@ -130,6 +161,18 @@ def configure(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+def _format_for(stream: TextIO) -> Format:
+    if journal.is_stdout(stream):
+        return "journal"
+    return "console" if stream.isatty() else "json"
+
+
+def _renderer(output: Format, stream: TextIO) -> Processor:
+    if output == "journal":
+        return journal.render
+    return _json_renderer() if output == "json" else _console_renderer(colors=stream.isatty())
 
 
 def _json_renderer() -> Processor:

@@ -78,7 +78,9 @@ class JobStatus:
     num_shards: int = 0
     shards_done: int = 0
     note: str | None = None
-    """The last thing worth knowing: `waiting 20 s for the Hub`."""
+    """The last thing worth knowing: `waiting 20 s for the Hub`, counted down."""
+    resumes_at: float | None = None
+    """When a wait for the Hub is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +119,18 @@ class DefinitionStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LimitStatus:
+    """One limit of the settings, and how much of it is used where that can be said."""
+
+    name: str
+    """The setting's name."""
+    value: str
+    now: str | None = None
+    reached: bool = False
+    """Work waits because of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonStatus:
     """The daemon at one moment."""
 
@@ -134,6 +148,7 @@ class DaemonStatus:
     watches: tuple[WatchStatus, ...] = ()
     definitions: tuple[DefinitionStatus, ...] = ()
     pins: PinStatus | None = None
+    limits: tuple[LimitStatus, ...] = ()
     format: int = FORMAT
 
     @property
@@ -143,12 +158,18 @@ class DaemonStatus:
             return self.state
         waiting = sum(self.counts.get(name, 0) for name in ("queued", "retrying", "waiting"))
         text = f"{len(self.watches)} watched, {len(self.jobs)} running, {waiting} waiting"
+        if reached := [limit for limit in self.limits if limit.reached]:
+            text += "; held back by " + ", ".join(
+                f"{limit.name} {limit.value} ({limit.now})" for limit in reached
+            )
         for job in self.jobs[:1]:
             written = job.counters.written
             text += f"; {job.run}/{job.name}: {job.phase.value}"
             if written.total_bytes:
                 done, total = map(units.format_bytes, (written.done_bytes, written.total_bytes))
                 text += f", {done} of {total} written"
+            if job.note:
+                text += f"; {job.note}"
         return text
 
     def to_json(self) -> str:

@@ -25,6 +25,8 @@ from ckptd.watch.inotify import Inotify
 
 MAX_FOLDERS = 16_384
 """Folders watched for one place, about 1 kB of kernel memory each."""
+WATCHES_SHARE = 4
+"""Of the watches that the user may have, ckptd takes one of so many at most."""
 RETRY_S = 60.0
 """Pause after a limit was reached, before another watch is tried."""
 SYSCTL_PATH = Path("/proc/sys")
@@ -187,7 +189,9 @@ class Events:
         if self._inotify is None:
             self._inotify = Inotify()
             _, limit = _limit("watches")
-            self._max_folders = MAX_FOLDERS if limit is None else min(MAX_FOLDERS, limit // 4 + 1)
+            self._max_folders = (
+                MAX_FOLDERS if limit is None else min(MAX_FOLDERS, limit // WATCHES_SHARE + 1)
+            )
         return self._inotify
 
     def _may_try(self) -> bool:

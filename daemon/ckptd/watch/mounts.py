@@ -37,6 +37,8 @@ _OVERLAY_LAYERS = re.compile(r"(?:^|,)(?:lowerdir|upperdir)=([^,]*)")
 class FileSystem:
     """What watching has to know of one mount."""
 
+    kind: str | None = None
+    """The type; None where the mounts cannot be read."""
     network: str | None = None
     """The type, in words, where other hosts write, too: events alone will not do."""
     exact_mtimes: bool = False
@@ -65,7 +67,9 @@ def file_system(path: Path, *, mountinfo: str | None = None) -> FileSystem:
     mount = _holding(path, mounts)
     if mount is None:
         return FileSystem()
-    return FileSystem(network=_network(mount, mounts), exact_mtimes=mount.kind in EXACT_TYPES)
+    return FileSystem(
+        kind=mount.kind, network=_network(mount, mounts), exact_mtimes=mount.kind in EXACT_TYPES
+    )
 
 
 def _network(mount: _Mount, mounts: list[_Mount]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.routing import Router
 from starlette.types import Receive, Scope, Send
@@ -39,6 +39,7 @@ def create_app(
     choices: Choices | None = None,
     ledger: Ledger | None = None,
     faults: FaultHook | None = None,
+    hosts: Collection[str] | None = None,
 ) -> Traffic:
     """Return an app that serves `store`; the caller closes the store after it.
 
@@ -48,6 +49,7 @@ def create_app(
         choices: what the owner may choose; None takes the defaults.
         ledger: gets an entry for each request.
         faults: asked before each request, see `traffic`; also the result's attribute `faults`.
+        hosts: names under which it may be spoken to, see `origins`; None for any.
     """
     choices = choices or Choices()
     hub = Hub(
@@ -62,7 +64,8 @@ def create_app(
         redirect_slashes=False,
         default=_not_found,
     )
-    return Traffic(app, ledger=ledger if ledger is not None else Ledger(), faults=faults)
+    ledger = ledger if ledger is not None else Ledger()
+    return Traffic(app, ledger=ledger, faults=faults, hosts=hosts)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:

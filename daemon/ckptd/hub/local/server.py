@@ -21,7 +21,7 @@ from anyio.abc import TaskStatus
 from anyio.from_thread import start_blocking_portal
 
 from ckptd import errors
-from ckptd.hub.local import accounts
+from ckptd.hub.local import accounts, origins
 from ckptd.hub.local.accounts import Account
 from ckptd.hub.local.app import create_app
 from ckptd.hub.local.options import Choices
@@ -92,7 +92,9 @@ async def serve(
         store = await anyio.to_thread.run_sync(Store, root)
         with contextlib.closing(store):
             tokens = accounts.open_accounts(store.root, tokens)
-            traffic = create_app(store, tokens=tokens, choices=choices, faults=faults)
+            traffic = create_app(
+                store, tokens=tokens, choices=choices, faults=faults, hosts=origins.names_of(host)
+            )
             hub = Running(url=_url(listener), accounts=tokens, store=store, traffic=traffic)
 
             def announce() -> None:

@@ -268,7 +268,7 @@ def _make_root(root: Path) -> None:
     Raises:
         errors.StorageFailed: there are files in it, and they are not a Hub's.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds private repos and tokens
     if not (root / "lock").exists() and any(root.iterdir()):
         raise errors.StorageFailed(
             "the folder is not empty and holds no Hub", path=root, hint="name a new folder"

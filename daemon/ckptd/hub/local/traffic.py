@@ -6,7 +6,10 @@ misbehave through one function, asked before each request:
     hub.faults = lambda request: Response(status_code=503) if request.method == "PUT" else None
 
 It returns None (serve the request), a `Response` (give that answer instead, without doing the
-work) or a `Fault`. It runs on the server's event loop and must not block.
+work), a `Fault` or a `Slow`. It runs on the server's event loop and must not block.
+
+It is also where a Hub on loopback refuses what only a browser would send: a page of another origin
+that posts to it, or one that made its own name point here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,8 @@ import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ckptd.hub.local import origins
 
 MOST_ENTRIES = 10_000
 _log = structlog.get_logger(__name__)
@@ -40,9 +45,26 @@ class Fault(enum.Enum):
     """Do the work, then close the connection in place of the answer."""
     STALL = "stall"
     """Read nothing, answer nothing, until the client gives up or the Hub stops."""
+    BREAK_BODY = "break body"
+    """Read the first piece of the body, then close the connection."""
+    STALL_BODY = "stall body"
+    """Read the first piece of the body, then no more until the Hub stops; the work is not done."""
+    CUT_ANSWER = "cut answer"
+    """Do the work, send half of the answer, then close the connection."""
+    STALL_ANSWER = "stall answer"
+    """Do the work, send half of the answer, then nothing more."""
 
 
-FaultHook = Callable[[Request], "Response | Fault | None"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slow:
+    """Do the work, but pause before each piece of the body and of the answer."""
+
+    pause: Callable[[], Awaitable[None]]
+    piece_bytes: int = 64 * 1024
+    """Of the answer; the body comes in the pieces of the server."""
+
+
+FaultHook = Callable[[Request], "Response | Fault | Slow | None"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +123,21 @@ class Traffic:
         app: what serves the requests.
         ledger: gets an entry for each.
         faults: asked before each; None where nothing shall fail. May be replaced at any time.
+        hosts: names under which it may be spoken to, see `origins`; None for any.
     """
 
-    def __init__(self, app: ASGIApp, *, ledger: Ledger, faults: FaultHook | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        ledger: Ledger,
+        faults: FaultHook | None = None,
+        hosts: Collection[str] | None = None,
+    ) -> None:
         self._app = app
         self.ledger = ledger
         self.faults = faults
+        self.hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -132,15 +163,35 @@ class Traffic:
 
         exchange = _Exchange(receive, send, note)
         try:
-            fault = self.faults(Request(scope)) if self.faults is not None else None
+            request = Request(scope)
+            foreign = origins.refusal_of(request.headers, self.hosts)
+            if foreign is not None:
+                await self._serve(scope, exchange, _failure(403, foreign), send)
+                return
+            fault = self.faults(request) if self.faults is not None else None
             await self._serve(scope, exchange, fault, send)
         finally:
             exchange.finish()
 
     async def _serve(
-        self, scope: Scope, exchange: _Exchange, fault: Response | Fault | None, send: Send
+        self, scope: Scope, exchange: _Exchange, fault: Response | Fault | Slow | None, send: Send
     ) -> None:
         match fault:
+            case Fault.BREAK_BODY:
+                await exchange.receive()
+                await _drop(exchange, send)
+            case Fault.STALL_BODY:
+                await exchange.receive()
+                await anyio.sleep_forever()  # a closed connection shows only to who reads
+            case Fault.CUT_ANSWER | Fault.STALL_ANSWER:
+                exchange.halve = True
+                await self._answer(scope, exchange)
+                if fault is Fault.CUT_ANSWER:
+                    await _drop(exchange, send)
+                await _gone(exchange)
+            case Slow():
+                exchange.slow = fault
+                await self._answer(scope, exchange)
             case Fault.DROP:
                 await _drop(exchange, send)
             case Fault.STALL:
@@ -189,8 +240,12 @@ class _Exchange:
         self.bytes_in = 0
         self.bytes_out = 0
         self.mute = False
+        self.halve = False
+        self.slow: Slow | None = None
 
     async def receive(self) -> Message:
+        if self.slow is not None and not self._read:
+            await self.slow.pause()
         message = await self._receive()
         self.bytes_in += len(message.get("body", b""))
         self._read = message["type"] == "http.disconnect" or not message.get("more_body", False)
@@ -204,8 +259,22 @@ class _Exchange:
         self.bytes_out += len(message.get("body", b""))
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.finish()
-        if not self.mute:
+        body = message.get("body", b"")
+        if self.halve and body:
+            self.halve, self.mute = False, True
+            await self._send({**message, "body": body[: len(body) // 2], "more_body": True})
+        elif self.slow is not None and body:
+            await self._send_slowly(self.slow, message)
+        elif not self.mute:
             await self._send(message)
+
+    async def _send_slowly(self, slow: Slow, message: Message) -> None:
+        body = message["body"]
+        for at in range(0, len(body), slow.piece_bytes):
+            await slow.pause()
+            piece = body[at : at + slow.piece_bytes]
+            more = at + len(piece) < len(body) or message.get("more_body", False)
+            await self._send({**message, "body": piece, "more_body": more})
 
     def finish(self) -> None:
         """Note the request, the first time."""
