@@ -22,6 +22,7 @@ import safetensors.numpy
 import torch
 import torch.distributed.checkpoint as torch_dcp
 
+from ckptd import settings
 from ckptd.checkpoint import completeness, header, index, inert, torch_file
 from ckptd.checkpoint.checkpoint import identifying_files, open_checkpoint
 from ckptd.checkpoint.inert import TensorRef
@@ -29,11 +30,12 @@ from ckptd.checkpoint.listing import list_files
 from ckptd.errors import CkptdError
 from ckptd.hub import card
 from ckptd.pipeline import definition
-from ckptd import settings
 from tests.checkpoint import gguf_file
 
 CANARY = "ckptd-fuzz-canary"
 """The folder that a pickle of the inputs makes, were it ever executed."""
+MAX_TEXT = 20_000
+"""Characters of an error: it goes to a log line and a row of the database."""
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4}
 
 
@@ -49,6 +51,8 @@ class Target:
     run: Callable[[bytes, Path], None]
     is_json: bool = False
     names_path: bool = True
+    tells_all: bool = False
+    """Every problem is told at once: the text may be longer than that of one."""
 
 
 def check(target: Target, data: bytes, folder: Path) -> None:
@@ -67,7 +71,7 @@ def check(target: Target, data: bytes, folder: Path) -> None:
             raise Violation(f"its text cannot be written: {text!r}") from cause
         if target.names_path and str(folder) not in text:
             raise Violation(f"it does not name the path: {text!r}") from error
-        if len(text) > 20_000:
+        if len(text) > MAX_TEXT + 30 * len(data) * target.tells_all:
             raise Violation(f"its text is too long: {len(text)}") from error
     except Exception as error:
         raise Violation(f"{type(error).__name__}: {error}"[:300]) from error
@@ -104,7 +108,11 @@ def torch_bytes(value: Any, **options: Any) -> bytes:
 
 def safetensors_bytes() -> bytes:
     """Return a small safetensors file."""
-    arrays = {"a": np.ones((2, 3), np.float32), "b": np.zeros(0, np.int8), "c": np.ones(4, np.float16)}
+    arrays = {
+        "a": np.ones((2, 3), np.float32),
+        "b": np.zeros(0, np.int8),
+        "c": np.ones(4, np.float16),
+    }
     return safetensors.numpy.save(arrays, {"format": "pt"})
 
 
@@ -153,12 +161,16 @@ def open_folder(folder: Path) -> None:
     facts = completeness.examine(folder, list_files(folder))
     completeness.verdict(facts, quiet_s=100, settle_s=1)
     source = open_checkpoint(folder)
-    assert all(path.resolve().is_relative_to(folder.resolve()) for _, path in identifying_files(source))
+    assert all(
+        path.resolve().is_relative_to(folder.resolve()) for _, path in identifying_files(source)
+    )
     for name in source.tensors:
         name.encode("utf-8")
 
 
-def _in_folder(relpath: str, others: Callable[[], Mapping[str, bytes]]) -> Callable[[bytes, Path], None]:
+def _in_folder(
+    relpath: str, others: Callable[[], Mapping[str, bytes]]
+) -> Callable[[bytes, Path], None]:
     kept = cache(others)
 
     def run(data: bytes, folder: Path) -> None:
@@ -189,8 +201,12 @@ _ADAPTER = {
 
 def _adapter() -> Mapping[str, bytes]:
     arrays = {
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones((4, 8), np.float32),
-        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": np.ones((8, 4), np.float32),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": np.ones(
+            (4, 8), np.float32
+        ),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": np.ones(
+            (8, 4), np.float32
+        ),
     }
     return {"adapter_model.safetensors": safetensors.numpy.save(arrays)}
 
@@ -239,9 +255,9 @@ watch:
 device: cpu
 assets: /base
 stages:
-  - cast: {dtype: bfloat16}
   - tie
-  - shard: {max_bytes: 5GB}
+  - cast: {dtype: bfloat16}
+  - reshard: {max_shard_size: 5GB}
 push:
   repo_id: "owner/{run}"
   tags: [a, 'b c']
@@ -254,6 +270,12 @@ _CARDS = (
     "---\ntags: [a, b]\nmodel-index:\n- name: x\n  results:\n  - metrics: [{type: acc, value: .nan}]\n---\n",
     "---\ntags: a\nbase_model: &m [x/y]\ndate: 2024-01-02\nother: *m\n---\n<!-- ckptd: end -->",
 )
+
+
+def alias_bomb(levels: int = 9) -> bytes:
+    """Return a card of a few lines whose aliases, written out, are 9 ** levels values."""
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(["---", "a0: &a0 [x, x, x]", *lines, "---", ""]).encode()
 
 
 def _read_definition(data: bytes, folder: Path) -> None:
@@ -280,7 +302,12 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(seeds=lambda: [safetensors_bytes()], run=_read_header),
     "index": Target(
         seeds=lambda: [
-            _json({"metadata": {"total_size": 8}, "weight_map": {"a": "model-00001-of-00001.safetensors"}})
+            _json(
+                {
+                    "metadata": {"total_size": 8},
+                    "weight_map": {"a": "model-00001-of-00001.safetensors"},
+                }
+            )
         ],
         run=_read_index,
         is_json=True,
@@ -294,7 +321,9 @@ TARGETS: dict[str, Target] = {
         is_json=True,
     ),
     "adapter_config": Target(
-        seeds=lambda: [_json(_ADAPTER)], run=_in_folder("adapter_config.json", _adapter), is_json=True
+        seeds=lambda: [_json(_ADAPTER)],
+        run=_in_folder("adapter_config.json", _adapter),
+        is_json=True,
     ),
     "pickle": Target(seeds=_pickles, run=_read_pickle),
     "torch": Target(seeds=_torch_files, run=_read_torch),
@@ -309,8 +338,10 @@ TARGETS: dict[str, Target] = {
         seeds=lambda: [dcp_files()["__0_0.distcp"]], run=_in_folder("__0_0.distcp", _distributed)
     ),
     "gguf": Target(seeds=_ggufs, run=_in_folder("model.gguf", dict)),
-    "definition": Target(seeds=lambda: [_DEFINITION.encode()], run=_read_definition),
-    "settings": Target(seeds=lambda: [_SETTINGS.encode()], run=_read_settings),
+    "definition": Target(
+        seeds=lambda: [_DEFINITION.encode()], run=_read_definition, tells_all=True
+    ),
+    "settings": Target(seeds=lambda: [_SETTINGS.encode()], run=_read_settings, tells_all=True),
     "card": Target(
         seeds=lambda: [text.encode() for text in _CARDS], run=_merge_card, names_path=False
     ),

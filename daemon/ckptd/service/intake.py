@@ -100,8 +100,13 @@ class Intake:
         async with anyio.create_task_group() as group, send_due:
             group.start_soon(self._judge_all, due)
             group.start_soon(self._rejudge, send_due)
-            await group.start(self._watcher.run, send_events)
-            task_status.started()
+
+            async def watch() -> None:
+                # Beside the loop below: a first scan may find more than the stream holds.
+                await group.start(self._watcher.run, send_events)
+                task_status.started()
+
+            group.start_soon(watch)
             async with events:
                 async for event in events:
                     await self._on(event, send_due)
