@@ -144,3 +144,10 @@ def test_an_upload_limit_that_is_none_is_refused(text: str, clean: Path) -> None
     """Too low to ever finish, or no rate: the setting is named."""
     with pytest.raises(errors.SettingsError, match="upload_limit"):
         settings.load(overrides={"upload_limit": text})
+
+
+def test_a_setting_in_capitals_is_told_with_its_place(clean: Path) -> None:
+    """Names are taken in any case; what is wrong with one is told where it stands."""
+    (clean / "ckptd.yaml").write_text("slots: 1\nState_dir: 5\n")
+    with pytest.raises(errors.SettingsError, match=r"ckptd\.yaml:2:12: State_dir"):
+        settings.load()

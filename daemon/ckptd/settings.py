@@ -279,6 +279,7 @@ def load(path: Path | None = None, *, overrides: Mapping[str, Any] | None = None
     try:
         return Settings(**{**from_file, **from_environment, **given})
     except ValidationError as exc:
+        written = {key.lower(): key for key in from_file} | {key: key for key in from_file}
         lines = []
         for detail in exc.errors():
             name, of_key = str(detail["loc"][0]), detail["type"] == "extra_forbidden"
@@ -287,8 +288,9 @@ def load(path: Path | None = None, *, overrides: Mapping[str, Any] | None = None
                 lines.append(f"command line: {name}: {what}")
             elif name in from_environment:
                 lines.append(f"environment: {PREFIX}{name.upper()}: {what}")
-            elif document is not None and name in from_file:
-                lines.append(str(document.problem(detail["loc"], what, of_key=of_key)))
+            elif document is not None and name in written:
+                loc = (written[name], *detail["loc"][1:])
+                lines.append(str(document.problem(loc, what, of_key=of_key)))
             else:
                 lines.append(f"default: {name}: {what}")
         raise errors.SettingsError("\n".join(lines)) from exc

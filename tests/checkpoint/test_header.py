@@ -176,3 +176,19 @@ def test_encoding_and_parsing_are_inverse(entries: list[tuple[Dtype, list[int]]]
     stamp = FileStamp(ino=1, nbytes=size, mtime_ns=0)
     parsed = header.parse(raw[8:], path=Path("x"), stamp=stamp)
     assert {t.spec for t in parsed.tensors} == set(specs)
+
+
+@pytest.mark.parametrize("metadata", [b'{"format": "\\ud800"}', b'{"\\udfff": "pt"}'])
+def test_metadata_of_half_a_character_is_refused(tmp_path: Path, metadata: bytes) -> None:
+    """What cannot be written again into the published file is refused while it is read."""
+    path = _file(tmp_path / "x.safetensors", None, raw=b'{"__metadata__": ' + metadata + b"}")
+    with pytest.raises(CheckpointCorrupt, match="__metadata__ is not valid Unicode"):
+        header.read(path)
+
+
+def test_a_name_of_a_million_characters_is_told_in_short(tmp_path: Path) -> None:
+    """The text of an error goes to a log line and a row: it does not grow with what is in a file."""
+    path = _file(tmp_path / "x.safetensors", {"n" * 1_000_000: _tensor(0, 4, [1] * 100_000)})
+    with pytest.raises(CheckpointCorrupt, match=r"nnn\.\.\. \(1,000,002 characters\)") as caught:
+        header.read(path)
+    assert len(str(caught.value)) < 10_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +168,25 @@ def test_the_step_is_the_trainers_or_the_folders(
     if state is not None:
         (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     assert layouts.step_of(tmp_path, name) == step
+
+
+def test_a_trainer_state_that_is_a_link_or_a_pipe_gives_no_step(tmp_path: Path) -> None:
+    """A link may lead out of the folder, and a pipe would be read for ever: the name decides."""
+    (tmp_path / "elsewhere.json").write_text('{"global_step": 77}')
+    linked, piped = tmp_path / "linked", tmp_path / "piped"
+    linked.mkdir()
+    piped.mkdir()
+    (linked / "trainer_state.json").symlink_to(tmp_path / "elsewhere.json")
+    os.mkfifo(piped / "trainer_state.json")
+    assert layouts.step_of(linked, "checkpoint-3") == 3
+    assert layouts.step_of(piped, "checkpoint-3") == 3
+
+
+def test_a_trainer_state_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    """A file of a terabyte that claims to be the state is told by its size alone."""
+    with (tmp_path / "trainer_state.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert layouts.step_of(tmp_path, "checkpoint-3") == 3
+    marker = _marker(tmp_path, "checkpoint-3")
+    assert marker is not None
+    assert marker.problem == "not whole JSON yet"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -187,4 +188,31 @@ def test_a_directory_that_lies_is_refused(saved: Path) -> None:
     saved.write_bytes(data)
     os.truncate(saved, len(data))
     with pytest.raises(CheckpointCorrupt):
+        torch_file.read(saved)
+
+
+@pytest.mark.parametrize("place", [1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_member_at_a_place_beyond_any_file_is_refused(saved: Path, place: int) -> None:
+    """Zip64 has room for places that no system call takes."""
+    data = saved.read_bytes()
+    entry = data.find(b"PK\x01\x02")
+    name_length = int.from_bytes(data[entry + 28 : entry + 30], "little")
+    extra = struct.pack("<HHQ", 1, 8, place)
+    head = bytearray(data[entry : entry + 46])
+    head[30:32] = len(extra).to_bytes(2, "little")
+    head[42:46] = b"\xff\xff\xff\xff"
+    listed = bytes(head) + data[entry + 46 : entry + 46 + name_length] + extra
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(listed), entry, 0)
+    saved.write_bytes(data[:entry] + listed + end)
+    with pytest.raises(CheckpointRefused, match=saved.name):
+        torch_file.read(saved)
+
+
+def test_a_name_that_stands_twice_is_refused(saved: Path) -> None:
+    """Which of two storages of one name is meant nobody can tell."""
+    with zipfile.ZipFile(saved, "a") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("/data/0"))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr(name, b"other")
+    with pytest.raises(CheckpointCorrupt, match="stands twice"):
         torch_file.read(saved)

@@ -111,7 +111,7 @@ class Fuzzer:
             except (ValueError, RecursionError):
                 pass  # it is no JSON any more: change its bytes
         if self.name == "safetensors" and self.source.random() < 0.6:
-            return _reheaded(data, self.source)
+            return reheaded(data, self.source)
         return mutate(data, self.source, self.corpus)
 
     def _one(self, data: bytes) -> None:
@@ -177,7 +177,7 @@ class Fuzzer:
         print(f"{self.name}: {failure}: {data[:160]!r} ({len(data)} bytes, {path})", flush=True)
 
 
-def _reheaded(data: bytes, source: random.Random) -> bytes:
+def reheaded(data: bytes, source: random.Random) -> bytes:
     """Return a safetensors file whose header is another JSON and whose length is right."""
     length = int.from_bytes(data[:8], "little")
     try:

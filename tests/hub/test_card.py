@@ -239,3 +239,36 @@ def test_what_is_borrowed_from_a_base() -> None:
     assert found == {"license": "other", "license_name": "x", "pipeline_tag": "any"}
     assert card.borrowed("---\n: : :\n---\n") == card.borrowed("no front matter") == ()
     assert card.over({"license": "mit"}, found) == {"license": "mit", "pipeline_tag": "any"}
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "date: 2024-02-31\n",
+        "n: !!int x\n",
+        "n: !!bool x\n",
+        "n: " + "9" * 5000 + "\n",
+        "n: " + "[" * 600 + "\n",
+        ": \nlibrary_name:\n",
+        "&a a: &b [*b]\n",
+    ],
+)
+def test_front_matter_that_no_reader_takes_is_refused(front: str) -> None:
+    """Days that no month has, tags that lie, nesting: the card is named, and stays as it is."""
+    with pytest.raises(errors.HubRejected, match=r"README\.md"):
+        card.merge(f"---\n{front}---\n", tags=["x"])
+
+
+def test_aliases_that_make_millions_of_values_are_refused() -> None:
+    """A few lines that name each other nine times are not written out."""
+    lines = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)]
+    with pytest.raises(errors.HubRejected, match="more than 200,000 values"):
+        card.merge("---\na0: &a0 [x, x]\n" + "".join(lines) + "---\n", tags=["x"])
+
+
+def test_a_card_may_use_aliases() -> None:
+    """An alias of a name is read as what it stands for, and stays as it is written."""
+    text = "---\nbase_model: &m x/y\nother: *m\n---\n"
+    merged = card.merge(text, tags=["z"], library="")
+    assert "other: *m\n" in merged
+    assert metadata(merged)["other"] == "x/y"

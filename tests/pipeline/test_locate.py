@@ -28,6 +28,13 @@ from ckptd.pipeline import locate
         ("a: 1\n---\nb: 2", "p.yaml:2:1: not YAML"),
         ("a: \x00", "p.yaml:1:1: not YAML"),
         ("[" * 5000, "p.yaml:1:"),
+        (": \n%YAML 9.9", "p.yaml:1:1: not YAML"),
+        ("b: 1\na: !!int x", "p.yaml:2:4: a: is no int: 'x'"),
+        ("a: !!float x", "p.yaml:1:4: a: is no float: 'x'"),
+        ("a: !!bool x", "p.yaml:1:4: a: is no bool: 'x'"),
+        ("a: [1, !!bool x]", "p.yaml:1:8: a[1]: is no bool: 'x'"),
+        ("a: " + "9" * 5000, "p.yaml:1:4: a: is no int: '999"),
+        ("a: 0x" + "f" * 500, "p.yaml:1:4: a: a number beyond 18446744073709551615"),
     ],
 )
 def test_unreadable_text(text: str, problem: str) -> None:

@@ -118,6 +118,8 @@ def parse(text: str, path: Path | str) -> Document:
         raise _syntax_error(path, f"not YAML: {str(exc).splitlines()[0]}") from exc
     except RecursionError as exc:
         raise _syntax_error(path, "nested too deeply") from exc
+    except (ValueError, LookupError) as exc:  # ruamel's own, for `%YAML 9.9`
+        raise _syntax_error(path, f"not YAML: {exc}") from exc
     if not isinstance(node, MappingNode):
         mark = node.start_mark if node is not None else None
         raise _syntax_error(path, "must be a mapping (lines of key: value)", mark=mark)
