@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ckptd.checkpoint import checkpoint, completeness, listing
+from ckptd.checkpoint import checkpoint, completeness, gguf_files, listing
 from ckptd.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
 from tests.checkpoint.gguf_file import LLAMA, Entry, encode, floats, llama
@@ -211,3 +211,17 @@ def test_the_verdict_on_a_quiet_file_is_complete(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     facts = completeness.examine(tmp_path, listing.list_files(tmp_path))
     assert isinstance(completeness.verdict(facts, quiet_s=100, settle_s=1), completeness.Broken)
+
+
+def test_a_file_of_a_model_cache_has_what_lies_beside_it(tmp_path: Path) -> None:
+    """A cache's snapshot is made of links: a person who names its file gets them, the daemon not."""
+    snapshot, blobs = tmp_path / "snapshots", tmp_path / "blobs"
+    snapshot.mkdir()
+    blobs.mkdir()
+    for name in ("model.gguf", "config.json"):
+        (blobs / name).write_bytes(b"{}")
+        (snapshot / name).symlink_to(blobs / name)
+    named = gguf_files.beside(snapshot / "model.gguf", within=Path("/"))
+    watched = gguf_files.beside(snapshot / "model.gguf")
+    assert [file.relpath for file in named.files] == ["config.json", "model.gguf"]
+    assert [file.relpath for file in watched.files] == ["model.gguf"]

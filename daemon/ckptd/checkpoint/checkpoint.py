@@ -121,7 +121,7 @@ def _opened(
 ) -> Checkpoint:
     _require_openable(path, assets)
     single = gguf_files.is_file(path)
-    listing = gguf_files.beside(path) if single else list_files(path, within=within)
+    listing = gguf_files.beside(path, within=within) if single else list_files(path, within=within)
     if parts.is_file(path):
         reason = "a safetensors file was named"
         return _opened_parts(path, named, listing, parts.FLAT, reason, assets)

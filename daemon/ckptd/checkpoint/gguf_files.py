@@ -56,7 +56,7 @@ def is_file(path: Path) -> bool:
     return path.name.endswith(SUFFIX) and path.is_file()
 
 
-def beside(path: Path) -> Listing:
+def beside(path: Path, *, within: Path | None = None) -> Listing:
     """Return the file at `path`, its other parts, and the files of a model with known names.
 
     Raises:
@@ -66,14 +66,17 @@ def beside(path: Path) -> Listing:
     files = [
         dataclasses.replace(listing.list_files(path.parent / name).files[0], relpath=name)
         for name in sorted(names)
-        if (path.parent / name).is_file() and (name == path.name or _stays(path.parent / name))
+        if (path.parent / name).is_file() and (name == path.name or _stays(path.parent / name, within))
     ]
     return Listing(path=path.parent, base_path=path.parent, files=tuple(files))
 
 
-def _stays(path: Path) -> bool:
-    """Whether what is at `path` lies in the same folder: a link could lead anywhere."""
-    return path.resolve().parent == path.parent.resolve()
+def _stays(path: Path, within: Path | None) -> bool:
+    """Whether what is at `path` lies in the same folder, or in `within`: a link leads anywhere."""
+    target = path.resolve()
+    if within is not None:
+        return target.is_relative_to(within.resolve())
+    return target.parent == path.parent.resolve()
 
 
 def are_in(names: Sequence[str]) -> bool:
