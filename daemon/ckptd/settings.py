@@ -111,7 +111,8 @@ class Settings(BaseSettings):
     )
     """Most memory of its own (RLIMIT_DATA) that a runner may take; beyond it the job fails with
     figures and the trainer is not touched. Needs room for the byte budget, torch, and the whole
-    model where a definition has `verify`. Default: half of the node's memory (or of the cgroup's),
+    model where a definition has `verify`. Not set on a node with an accelerator, whose driver maps
+    memory of its own; the unit's MemoryMax holds there. Default: half of the node's memory (or of the cgroup's),
     at least 4GB."""
     nice: Annotated[int, Field(ge=0, le=19)] = 10
     """CPU niceness of runners, as nice(1) counts: the trainer's data loaders come first. 0 leaves

@@ -14,9 +14,10 @@ from ckptd import errors, settings
 from ckptd.hub.local.traffic import Slow
 from ckptd.jobs.job import State
 from ckptd.jobs.store import Verdict
-from ckptd.service import limits
+from ckptd.service import daemon, limits
 from ckptd.service.admission import Caps, Node
 from ckptd.service.board import STATUS_NAME
+from ckptd.telemetry import node as node_facts
 from ckptd.telemetry.status import DaemonStatus, LimitStatus
 from tests.flow.conftest import Deployment, write_checkpoint
 
@@ -118,3 +119,14 @@ def test_memory_bound_has_room_for_the_byte_budget() -> None:
     """A runner's bound below its own byte budget is refused when settings are read."""
     with pytest.raises(errors.SettingsError, match="runner_memory: must be at least byte_budget"):
         settings.load(overrides={"byte_budget": "3GB", "runner_memory": "3GB"})
+
+
+def test_a_runner_beside_an_accelerator_has_no_memory_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a driver maps for itself would count; on a node without one the bound is passed on."""
+    wanted = settings.load(overrides={"runner_memory": "3GB"})
+    monkeypatch.setattr(node_facts, "accelerators", tuple)
+    assert "--memory-bytes=3000000000" in daemon._bounds(wanted)
+    monkeypatch.setattr(node_facts, "accelerators", lambda: ("cuda:0",))
+    assert not any(bound.startswith("--memory-bytes") for bound in daemon._bounds(wanted))

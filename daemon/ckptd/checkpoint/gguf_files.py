@@ -66,7 +66,8 @@ def beside(path: Path, *, within: Path | None = None) -> Listing:
     files = [
         dataclasses.replace(listing.list_files(path.parent / name).files[0], relpath=name)
         for name in sorted(names)
-        if (path.parent / name).is_file() and (name == path.name or _stays(path.parent / name, within))
+        if (path.parent / name).is_file()
+        and (name == path.name or _stays(path.parent / name, within))
     ]
     return Listing(path=path.parent, base_path=path.parent, files=tuple(files))
 

@@ -40,6 +40,7 @@ from ckptd.service.notify import Notifier
 from ckptd.service.pins import Pins
 from ckptd.service.worker import Worker, WorkerOptions
 from ckptd.settings import Settings
+from ckptd.telemetry import node
 from ckptd.telemetry.status import WatchStatus
 from ckptd.watch import scan
 from ckptd.watch.watcher import Watcher
@@ -342,11 +343,10 @@ def _share(limit: int | None, slots: int) -> int | None:
 
 def _bounds(settings: Settings) -> tuple[str, ...]:
     """Return what a runner may take of the node, as options of `ckptd.runner`."""
-    return (
-        f"--nice={settings.nice}",
-        f"--io-priority={settings.io_priority}",
-        f"--memory-bytes={settings.runner_memory}",
-    )
+    bounds = (f"--nice={settings.nice}", f"--io-priority={settings.io_priority}")
+    if node.accelerators():  # what a GPU's driver maps for itself would count
+        return bounds
+    return (*bounds, f"--memory-bytes={settings.runner_memory}")
 
 
 def _lock(state_path: Path) -> int:

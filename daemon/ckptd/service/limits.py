@@ -29,11 +29,7 @@ def statuses(
         _limit("jobs_per_repo", str(settings.jobs_per_repo)),
         _limit("jobs_per_device", str(settings.jobs_per_device)),
         _limit("byte_budget", size(settings.byte_budget)),
-        _limit("runner_memory", size(settings.runner_memory)),
-        _limit(
-            "upload_limit",
-            "none" if settings.upload_limit is None else f"{size(settings.upload_limit)}/s",
-        ),
+        _limit("runner_memory", size(settings.runner_memory), _unbounded(found)),
         _limit(
             "upload_limit",
             "none" if settings.upload_limit is None else f"{size(settings.upload_limit)}/s",
@@ -52,3 +48,7 @@ def statuses(
 
 def _limit(name: str, value: str, now: str | None = None, *, reached: bool = False) -> LimitStatus:
     return LimitStatus(name=name, value=value, now=now, reached=reached)
+
+
+def _unbounded(found: Node) -> str | None:
+    return "not set beside an accelerator" if found.accelerators else None
