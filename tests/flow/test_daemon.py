@@ -337,7 +337,9 @@ def test_a_daemon_leaves_the_pins_of_another_one_alone(node: Deployment, tmp_pat
 def test_a_folder_of_many_checkpoints_does_not_hold_up_the_start(node: Deployment) -> None:
     """More of them than the watcher's stream holds are found at the first scan: the daemon starts."""
     for step in range(1, 131):
-        (node.runs / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        folder = node.runs / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
     node.define()
     node.start()
     write_checkpoint(node.runs / "run" / "checkpoint-131", 131)
