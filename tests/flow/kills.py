@@ -320,8 +320,8 @@ class Siege:
         return wrong
 
     def _leftovers(self) -> Iterator[Path]:
-        """Files of ours that nobody needs: all but database, identity, lock and status."""
-        kept = {"lock", "identity", "status.json", "jobs.sqlite3"}
+        """Files of ours that nobody needs: all but database, identity, lock, status and known roots."""
+        kept = {"lock", "identity", "status.json", "jobs.sqlite3", "root"}
         for folder in (self.node.state, self.node.runs / ".ckptd"):
             for path in folder.rglob("*"):
                 if path.is_file() and path.name not in kept and "sqlite3-" not in path.name:

@@ -29,7 +29,7 @@ WRITES = (
     "runner rename state/work/*/out/model-*-of-*.safetensors",
     "runner open state/work/*/ledger.jsonl",
     "runner pwrite state/work/*/out/.ckptd-ckptd.json",
-    "daemon open runs/.ckptd/live/*/.ckptd-.ckptd-origin.json",
+    "daemon open runs/.ckptd/live/*/..ckptd-origin.json.new",
     "daemon link runs/.ckptd/live/*/.model.safetensors.pinning",
     "daemon open runs/.ckptd/live/*/.config.json.pinning",
     "daemon rename runs/.ckptd/pins/*",
