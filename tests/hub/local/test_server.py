@@ -172,9 +172,10 @@ def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path):
                 target=_commit_until_killed, args=(url, token, round_, acknowledged, enough)
             )
             client.start()
-            assert enough.wait(30)
-            process.kill()
+            went_on = enough.wait(60)
+            process.kill()  # before anything is asserted: leaving the block waits for its end
             client.join()
+            assert went_on
     with server.running(root=tmp_path / "hub") as hub:
         api = HfApi(endpoint=hub.url, token=hub.token)
         titles = {commit.title for commit in api.list_repo_commits("acme/run")}
@@ -188,7 +189,8 @@ def _commit_until_killed(
     url: str, token: str, round_: int, acknowledged: list[str], enough: threading.Event
 ) -> None:
     """Commit one file after the other, noting each that the Hub confirmed."""
-    with httpx2.Client(headers={"Authorization": f"Bearer {token}"}) as client:
+    headers = {"Authorization": f"Bearer {token}"}
+    with httpx2.Client(headers=headers, timeout=60) as client:  # a disk may stall for seconds
         for number in range(10_000):
             name = f"{round_}-{number}"
             file = {"path": name, "content": base64.b64encode(name.encode()).decode()}
