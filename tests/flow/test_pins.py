@@ -221,8 +221,8 @@ def test_config_and_tokenizer_of_the_run_are_pinned_too(node: Deployment, tmp_pa
         shutil.move(made / name, run / name)
     shutil.copytree(made, run / "checkpoint-10")
     node.wait_for(node.is_pinned)
-    (run / "config.json").write_text("{}")
     shutil.rmtree(run / "checkpoint-10")
+    (run / "config.json").write_text("{}")
     (job,) = node.wait_for_ended(1)
     assert job.state is State.PUBLISHED
     _check_published(node, job, tensors, tmp_path / "download")
