@@ -1,6 +1,6 @@
 """SIGKILL at every named step and at any time: one commit each, right bytes, nothing left behind.
 
-The suite strikes a dozen times; `CKPTD_KILLS=300` makes it the long run of the CI, and `-s` shows
+The suite strikes eight times; `CKPTD_KILLS=300` makes it the long run of the CI, and `-s` shows
 its figures. `CKPTD_KILLS_SEED` chooses other moments.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from tests.flow.conftest import Deployment
 from tests.flow.kills import Kill, Siege
 
-NUM_KILLS = int(os.environ.get("CKPTD_KILLS", "12"))
+NUM_KILLS = int(os.environ.get("CKPTD_KILLS", "8"))
 SEED = int(os.environ.get("CKPTD_KILLS_SEED", "0"))
 ONCE = (
     " state",

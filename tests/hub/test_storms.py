@@ -25,7 +25,7 @@ from ckptd.hub.local.traffic import Fault
 from ckptd.hub.publisher import LocalFile, Publication, Target
 from tests.hub.test_faults import REPO, TARGET, TITLE, Node
 
-NUM_STORMS = int(os.environ.get("CKPTD_TEST_STORMS", "12"))
+NUM_STORMS = int(os.environ.get("CKPTD_TEST_STORMS", "4"))
 """More of them as an optional long run."""
 STALLS = {Fault.STALL, Fault.STALL_BODY, Fault.STALL_ANSWER}
 """They cost a time-out each; other tests have them."""
