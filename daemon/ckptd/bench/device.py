@@ -27,7 +27,7 @@ def _limit(name: str, call: Callable[[], torch.Tensor], *, what: str) -> Limit:
     best = 0.0
     call()
     for _ in range(TURNS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call] # torch has no types for it
         begin.record()
         call()
         end.record()
