@@ -71,6 +71,12 @@ StateFolder = Annotated[
         help="State folder of the daemon. Default: the one of the settings.",
     ),
 ]
+PipelinesFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="Folder of definition files. Default: the one of the settings."
+    ),
+]
 
 
 def examples(*lines: str) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ckptd import errors
 from ckptd.aio import groups
 from ckptd.cli import arguments, failures
-from ckptd.cli.arguments import SettingsFile, StateFolder
+from ckptd.cli.arguments import PipelinesFolder, SettingsFile, StateFolder
 
 if TYPE_CHECKING:
     from ckptd.settings import Settings
@@ -35,12 +35,7 @@ def add_to(app: typer.Typer) -> None:
 def serve(
     settings: SettingsFile = None,
     state_dir: StateFolder = None,
-    pipelines_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of definition files. Default: the one of the settings."
-        ),
-    ] = None,
+    pipelines_dir: PipelinesFolder = None,
 ) -> None:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C; logs go to standard output.
 

@@ -10,7 +10,7 @@ import typer
 
 from ckptd import errors
 from ckptd.cli import arguments
-from ckptd.cli.arguments import Json, SettingsFile, StateFolder
+from ckptd.cli.arguments import Json, PipelinesFolder, SettingsFile, StateFolder
 from ckptd.cli.output import Output, plain
 
 if TYPE_CHECKING:
@@ -37,12 +37,7 @@ def add_to(app: typer.Typer) -> None:
 def doctor(
     settings: SettingsFile = None,
     state_dir: StateFolder = None,
-    pipelines_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of definition files. Default: the one of the settings."
-        ),
-    ] = None,
+    pipelines_dir: PipelinesFolder = None,
     hub: Annotated[bool, typer.Option(help="Ask the Hub; --no-hub leaves it in peace.")] = True,
     as_json: Json = False,
 ) -> int:
