@@ -13,7 +13,7 @@ from typing import Any
 import anyio
 import httpx2
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from ckptd import errors
 from ckptd.hub import client, push, session
@@ -102,6 +102,15 @@ async def test_a_busy_namespace_does_not_spin(lfs: client.HubClient, wire: Any) 
     with pytest.raises(errors.HubConflict):
         await lfs.create_repo(REPO, private=None)
     assert wire.count("POST", "/repos/create") == 1
+
+
+async def test_a_repo_that_is_there_is_left_to_the_library(lfs: client.HubClient, hub: Any) -> None:
+    """Code of others in this process that says `exist_ok` gets no error; the client gets one."""
+    api = HfApi(endpoint=hub.url, token=hub.token)
+    urls = [api.create_repo(REPO, exist_ok=True) for _ in range(2)]
+    assert urls[0] == urls[1]
+    with pytest.raises(errors.HubConflict):
+        await lfs.create_repo(REPO, private=None)
 
 
 @pytest.mark.parametrize("status", [429, 503])

@@ -79,13 +79,7 @@ def test_reload(node: Deployment, manager: Manager) -> None:
 
 def test_draining(node: Deployment, manager: Manager) -> None:
     """A job that is nearly done ends after SIGTERM, and meanwhile more time is asked for."""
-    released, reached = threading.Event(), threading.Event()
-
-    async def pause() -> None:
-        reached.set()
-        await to_thread.run_sync(released.wait)
-
-    node.hub.faults = lambda request: Slow(pause=pause) if "/commit/" in request.url.path else None
+    reached, released = _hold_commits(node)
     node.define()
     _start(node, manager, CKPTD_STOP_GRACE="60s")
     write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
@@ -107,13 +101,7 @@ def test_draining(node: Deployment, manager: Manager) -> None:
 
 def test_no_grace(node: Deployment, manager: Manager) -> None:
     """Without a grace the job is given back at once, for the next start to go on with."""
-    released, reached = threading.Event(), threading.Event()
-
-    async def pause() -> None:
-        reached.set()
-        await to_thread.run_sync(released.wait)
-
-    node.hub.faults = lambda request: Slow(pause=pause) if "/commit/" in request.url.path else None
+    reached, released = _hold_commits(node)
     node.define()
     _start(node, manager, CKPTD_STOP_GRACE="0s")
     write_checkpoint(node.runs / "run" / "checkpoint-10", 10)
@@ -124,3 +112,15 @@ def test_no_grace(node: Deployment, manager: Manager) -> None:
         assert (job.state, job.attempt) == (State.QUEUED, 1)
     finally:
         released.set()
+
+
+def _hold_commits(node: Deployment) -> tuple[threading.Event, threading.Event]:
+    """Let the Hub answer commits once the second event is set; the first says that one came."""
+    reached, released = threading.Event(), threading.Event()
+
+    async def pause() -> None:
+        reached.set()
+        await to_thread.run_sync(released.wait)
+
+    node.hub.faults = lambda request: Slow(pause=pause) if "/commit/" in request.url.path else None
+    return reached, released

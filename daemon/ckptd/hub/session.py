@@ -47,6 +47,7 @@ XET_DEFAULTS = {
 others: measured on 750 MB of bfloat16 over loopback, two cores: 300 MB of memory in place of 540 MB with
 hf_xet's own values, and no slower. Long fat links want more uploads at once."""
 _BATCH = ".git/info/lfs/objects/batch"
+_BUSY = b"Cannot create repo: another conflicting operation is in progress"
 _WITH_BODY = frozenset({"POST", "PUT"})
 LONGEST_INNER_WAIT_S = 10.0
 """A storage answer that asks for more than this is handed to ckptd's own backoff."""
@@ -203,8 +204,16 @@ def _surfaces(response: httpx2.Response, *, stores: bool) -> bool:
     if stores:
         asked_s = translate.asked_wait_s(response.headers)
         return status in translate.TRANSIENT and (asked_s or 0.0) > LONGEST_INNER_WAIT_S
+    return status in translate.TRANSIENT or (status == 409 and _spins(response))
+
+
+def _spins(response: httpx2.Response) -> bool:
+    """Say whether it is the answer on which the library asks again at once, for ever.
+
+    Any other 409 is left to it: under `exist_ok` it means that the repo is there.
+    """
     creates = response.request.url.path.endswith("/api/repos/create")
-    return status in translate.TRANSIENT or (status == 409 and creates)  # it would spin on that 409
+    return creates and _BUSY in response.read()
 
 
 def _raise_for_objects(response: httpx2.Response) -> None:

@@ -164,16 +164,18 @@ def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path):
     for round_ in range(2):
         argv = [sys.executable, "-c", ENDLESS, str(tmp_path / "hub")]
         with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            url, token = process.stdout.readline().split()
-            HfApi(endpoint=url, token=token).create_repo("acme/run", exist_ok=True)
-            enough = threading.Event()
-            client = threading.Thread(
-                target=_commit_until_killed, args=(url, token, round_, acknowledged, enough)
-            )
-            client.start()
-            went_on = enough.wait(60)
-            process.kill()  # before anything is asserted: leaving the block waits for its end
+            try:
+                assert process.stdout is not None
+                url, token = process.stdout.readline().split()
+                HfApi(endpoint=url, token=token).create_repo("acme/run", exist_ok=True)
+                enough = threading.Event()
+                client = threading.Thread(
+                    target=_commit_until_killed, args=(url, token, round_, acknowledged, enough)
+                )
+                client.start()
+                went_on = enough.wait(60)
+            finally:
+                process.kill()  # whatever happened: leaving the outer block waits for its end
             client.join()
             assert went_on
     with server.running(root=tmp_path / "hub") as hub:
