@@ -36,8 +36,10 @@ from typing import Any
 
 import torch
 
+from ckptd.bench import limits
 from ckptd.checkpoint import checkpoint
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.writer import Cache
 from ckptd.plan import blocks, decoded, dequantize, evaluate
 from ckptd.plan.nodes import Decode
 from ckptd.plan.plan import Computed, segments_of
@@ -255,16 +257,9 @@ def _rest() -> None:
 
 
 def _write_s(path: Path, nbytes: int) -> float:
-    """Return the seconds to write and sync `nbytes`."""
-    block = memoryview(bytearray(os.urandom(8 << 20)))
+    """Return the seconds to write and sync `nbytes` as a job does: past the page cache."""
     _rest()
-    began = time.perf_counter()
-    with path.open("wb", buffering=0) as file:
-        os.posix_fallocate(file.fileno(), 0, nbytes)
-        for start in range(0, nbytes, len(block)):
-            file.write(block[: nbytes - start])
-        os.fsync(file.fileno())
-    seconds = time.perf_counter() - began
+    seconds = nbytes / limits.written(path, nbytes, 2, Cache.DIRECT)
     path.unlink()
     return seconds
 

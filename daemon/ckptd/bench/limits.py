@@ -57,12 +57,12 @@ def disk(folder: Path, *, nbytes: int, threads: int) -> Disk:
     """
     path = folder / "ckptd-bench.limit"
     try:
-        written = max(_written(path, nbytes, threads, Cache.DIRECT) for _ in range(TURNS))
-        cached = max(_written(path, nbytes, threads, Cache.KEEP) for _ in range(TURNS))
+        direct = max(written(path, nbytes, threads, Cache.DIRECT) for _ in range(TURNS))
+        cached = max(written(path, nbytes, threads, Cache.KEEP) for _ in range(TURNS))
         read = max(_read(path, nbytes, threads) for _ in range(TURNS))
         return Disk(
             write=Limit(
-                name="disk write", bytes_per_s=written,
+                name="disk write", bytes_per_s=direct,
                 what=f"past the page cache and synced, {threads} threads",
             ),
             cached_write=Limit(
@@ -105,7 +105,12 @@ def sha256(*, nbytes: int, threads: int) -> Limit:
     return Limit(name="sha256", bytes_per_s=rate, what=f"{threads} threads")
 
 
-def _written(path: Path, nbytes: int, threads: int, cache: Cache) -> float:
+def written(path: Path, nbytes: int, threads: int, cache: Cache) -> float:
+    """Return the bytes a second at which a new file is written and synced.
+
+    Raises:
+        NoSpace, StorageFailed: there is no room for it.
+    """
     path.unlink(missing_ok=True)
     file = ShardWriter(path, nbytes=nbytes, cache=cache)
     block = _pages(_BLOCK_BYTES)
