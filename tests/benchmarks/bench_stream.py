@@ -147,7 +147,7 @@ def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
     """Return what one run of `row` in a fresh process says, with its peak memory."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    _settle(sum(path.stat().st_size for path in source.iterdir()))
+    _settle(sum(512 * path.stat().st_blocks for path in source.iterdir()))
     command = [sys.executable, __file__, "--row", row, str(source), str(out)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     value: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -155,8 +155,9 @@ def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
 
 
 def _settle(nbytes: int) -> None:
-    """Sync the disk, and have the memory that the page cache will need."""
+    """Sync the disk, and have the memory that the page cache will need, half of what is free at most."""
     os.sync()
+    nbytes = min(nbytes, os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE // 2)
     block = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for start in range(0, nbytes, mmap.PAGESIZE):
         block[start] = 1
