@@ -26,6 +26,7 @@ from ckptd import errors, units
 from ckptd.checkpoint.writer import Cache
 from ckptd.jobs.failing import RetryLimits
 from ckptd.pipeline import locate
+from ckptd.pipeline.staged import StagingKind
 from ckptd.telemetry import node
 
 PREFIX = "CKPTD_"
@@ -106,6 +107,10 @@ class Settings(BaseSettings):
     takes nothing from what the trainer reads, and costs little processor time. `drop`: through it,
     and dropped from it once on the disk. `keep`: through it, and left there. Where a file system
     cannot write directly, `direct` is `drop`. Default direct."""
+    staging: StagingKind = "disk"
+    """Where weights lie until the commit, for definitions that do not say: `disk` (the state folder)
+    or `none`: each file is made while it is sent. Definitions without `push`, or with `verify`, need
+    the files, and have them on disk. Default disk."""
     runner_memory: Annotated[ByteSize, Field(ge=500_000_000)] = Field(
         default_factory=lambda: max(4_000_000_000, node.memory_bytes() // 2)
     )

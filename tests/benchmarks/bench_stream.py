@@ -111,6 +111,29 @@ def run_plan(source: Path) -> dict[str, Any]:
     }
 
 
+def run_plan_of_job(source: Path) -> dict[str, Any]:
+    """Open `source` and plan tie and reshard as a job does, set up as the runner is."""
+    import gc
+
+    from ckptd.checkpoint import checkpoint
+    from ckptd.pipeline import compose, definition
+
+    gc.set_threshold(100_000, 50, 1000)
+    stages = f"pipeline: bench\nstages: [tie, reshard: {{max_shard_size: {2 * 10**9}}}]\n"
+    wanted = definition.parse_definition(stages, "bench.yaml")
+    began = time.perf_counter()
+    opened = checkpoint.open_checkpoint(source)
+    made = compose.from_headers(opened, wanted.stages)
+    return {
+        "start_s": 0.0,
+        "digest": made.digest,
+        "work_s": time.perf_counter() - began,
+        "tensors": len(opened.tensors),
+        "gb": opened.tensor_bytes / 1e9,
+        "shards": len(made.shards),
+    }
+
+
 def run_cp(source: Path, out: Path) -> dict[str, Any]:
     """Copy the files of `source` with cp."""
     began = time.perf_counter()
@@ -143,6 +166,9 @@ ROWS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
 }
 
 
+PLANS = {"plan": run_plan, "plan of a job": run_plan_of_job}
+
+
 def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
     """Return what one run of `row` in a fresh process says, with its peak memory."""
     shutil.rmtree(out, ignore_errors=True)
@@ -155,9 +181,8 @@ def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
 
 
 def _settle(nbytes: int) -> None:
-    """Sync the disk, and have the memory that the page cache will need, half of what is free at most."""
+    """Sync the disk, and have the memory that the page cache will need."""
     os.sync()
-    nbytes = min(nbytes, os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE // 2)
     block = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for start in range(0, nbytes, mmap.PAGESIZE):
         block[start] = 1
@@ -166,7 +191,7 @@ def _settle(nbytes: int) -> None:
 
 def one_row(row: str, source: Path, out: Path) -> None:
     """Do one row in this process and print the result as JSON."""
-    value = run_plan(source) if row == "plan" else ROWS[row](source, out)
+    value = PLANS[row](source) if row in PLANS else ROWS[row](source, out)
     children = row.startswith("cp")
     usage = resource.getrusage(resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF)
     value |= {"rss_mb": _peak_mb(), "cpu_s": usage.ru_utime + usage.ru_stime}
@@ -197,15 +222,39 @@ def table(source: Path, out: Path, rows: list[str], repeat: int) -> None:
         )
 
 
-def planned(name: str, folder: Path, specs: list[Any], *, sparse: bool, shard_bytes: int) -> None:
+def planned(
+    name: str,
+    folder: Path,
+    specs: list[Any],
+    *,
+    sparse: bool,
+    shard_bytes: int,
+    row: str = "plan",
+    repeat: int = 1,
+) -> None:
     """Plan a checkpoint of `specs` and print the time and peak memory."""
     synthetic.write(folder, specs, sparse=sparse, shard_bytes=shard_bytes)
-    value = measured("plan", folder, folder.parent / "out")
+    results = [measured(row, folder, folder.parent / "out") for _ in range(repeat)]
+    value = min(results, key=lambda result: result["work_s"])
     shutil.rmtree(folder)
     print(
         f"plan {name}: {value['tensors']:,} tensors, {value['gb']:,.1f} GB, "
         f"{value['work_s']:.2f} s, peak {value['rss_mb']:.0f} MB"
     )
+
+
+def small_tensors(folder: Path, count: int, repeat: int) -> None:
+    """Stream `count` tensors of 512 bytes and print what each of them costs."""
+    specs = synthetic.moe_specs(count)
+    synthetic.write(folder, specs, sparse=False, shard_bytes=synthetic.SHARD_BYTES)
+    for row in ("verbatim", "cast to float16", "cast to float32"):
+        results = [measured(row, folder, folder.parent / "out") for _ in range(repeat)]
+        best = min(results, key=lambda result: result["work_s"])
+        print(
+            f"{count:,} small tensors, {row}: {best['work_s'] / count * 1e6:.1f} us each, "
+            f"{best['cpu_s']:.1f} s of CPU in all, peak {best['rss_mb']:.0f} MB"
+        )
+    shutil.rmtree(folder)
 
 
 def main() -> None:
@@ -215,6 +264,7 @@ def main() -> None:
     parser.add_argument("--sparse-gb", type=float, default=200.0, help="size of the planned one")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/ckptd-bench"))
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--small", type=int, default=60_000, help="small tensors to stream")
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -228,6 +278,11 @@ def main() -> None:
     )  # fmt: skip
     specs = synthetic.llama_specs(int(asked.sparse_gb * 1e9))
     planned("sparse", folder / "sparse", specs, sparse=True, shard_bytes=5 * synthetic.SHARD_BYTES)
+    planned(
+        "giant", folder / "giant", synthetic.giant_specs(), sparse=True,
+        shard_bytes=2 * synthetic.SHARD_BYTES, row="plan of a job", repeat=asked.repeat,
+    )  # fmt: skip
+    small_tensors(folder / "small", asked.small, asked.repeat)
     source = folder / "source"
     if asked.only:
         specs = synthetic.llama_specs(int(asked.gb * 1e9))

@@ -63,6 +63,19 @@ def test_side_files_travel_and_trainer_state_stays(make_folder: Any) -> None:
     assert (opened.layout, opened.step) == ("hf-trainer", 7)
 
 
+def test_an_adapters_config_goes_with_no_whole_model(make_folder: Any, tmp_path: Path) -> None:
+    """torchtune leaves it beside merged weights: loaders would look for the adapter then."""
+    folder, assets = make_folder("epoch_0"), tmp_path / "assets"
+    assets.mkdir()
+    for name in ("adapter_config.json", "reference/adapter_config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    (assets / "adapter_config.json").write_text("{}")
+    opened = open_checkpoint(folder, assets=assets)
+    assert not opened.side_files
+    assert opened.left_out == ("adapter_config.json", "reference/adapter_config.json")
+
+
 def test_assets_give_what_the_trainer_left_out(make_folder: Any, tmp_path: Path) -> None:
     """config.json and tokenizer come from the assets folder; what the checkpoint has wins."""
     folder, assets = make_folder(), tmp_path / "assets"

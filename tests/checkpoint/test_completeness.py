@@ -115,7 +115,9 @@ def test_weights_that_were_rewritten_after_the_marker_need_a_long_quiet(saved: P
     newest_s = (saved / "model.safetensors").stat().st_mtime
     os.utime(saved / "trainer_state.json", (newest_s - 30, newest_s - 30))
     assert isinstance(_judge(saved, quiet_s=SETTLE_S), Waiting)
-    assert isinstance(_judge(saved, quiet_s=completeness.PATIENCE_S), Complete)
+    verdict = _judge(saved, quiet_s=completeness.PATIENCE_S)
+    assert isinstance(verdict, Complete)
+    assert verdict.doubts == ("trainer_state.json is older than the weights",)
 
 
 def test_a_value_head_that_was_taken_out_after_the_marker_is_waited_for_and_no_longer(

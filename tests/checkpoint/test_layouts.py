@@ -99,6 +99,24 @@ LEFT: dict[str, tuple[str, str, list[str]]] = {
         ".metadata"]),
     "orbax": ("orbax", "5", ["_CHECKPOINT_METADATA", "params/manifest.ocdbt"]),
     "gguf": ("gguf", "model", ["model-q4.gguf"]),
+    "two pickled models of accelerate": ("accelerate-models", "checkpoint_0", ["pytorch_model.bin",
+        "pytorch_model_1.bin", "random_states_0.pkl"]),
+    "megatron under verl": ("megatron", "global_step_5", ["actor/dist_ckpt/common.pt",
+        "actor/dist_ckpt/__0_0.distcp", "actor/dist_ckpt/.metadata",
+        "actor/huggingface/config.json"]),
+    "nemo 2": ("megatron", "epoch=0-step=5", ["weights/common.pt", "weights/metadata.json",
+        "weights/.metadata", "context/model.yaml"]),
+    "nemo 1": ("nemo", "checkpoints", ["megatron_gpt.nemo"]),
+    "colossalai": ("hf-inner", "epoch-0_step-5", ["modeling/model.safetensors.index.json",
+        "modeling/model-00001.safetensors", "optimizer/optim.bin", "running_states.json"]),
+    "composer": ("pickled", "run", ["ep1-ba42-rank0.pt"]),
+    "timm": ("pickled", "run", ["model_best.pth.tar", "args.yaml", "summary.csv"]),
+    "mlx": ("mlx-adapter", "adapters", ["adapters.safetensors", "adapter_config.json",
+        "0000100_adapters.safetensors"]),
+    "sentence-transformers": ("hf", "checkpoint-5", ["model.safetensors", "modules.json",
+        "1_Pooling/config.json", "2_Dense/model.safetensors"]),
+    "sentence-transformers of old": ("sentence-transformers-parts", "checkpoint-5", [
+        "0_Transformer/model.safetensors", "0_Transformer/config.json", "modules.json"]),
 }  # fmt: skip
 """What trainers leave in a folder of a name, and the layout that it is."""
 

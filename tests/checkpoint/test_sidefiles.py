@@ -38,6 +38,10 @@ TRAVELS = [
     "adapter_config.json",
     "additional_chat_templates/rag.jinja",
     "1_Pooling/config.json",
+    "recipe.yaml",
+    "labels.txt",
+    "tokenizer_metrics.json",
+    "requirements.txt",
 ]
 TRAINER_STATE = [
     "scheduler.bin",
@@ -67,6 +71,52 @@ TRAINER_STATE = [
     "wandb/settings.json",
     "__pycache__/x.py",
     "ckptd.json",
+    # LLaMA-Factory
+    "training_args.yaml",
+    "running_log.txt",
+    "llamaboard_config.yaml",
+    "trainer_log.jsonl",
+    # axolotl, unsloth, ms-swift
+    "debug.log",
+    "axolotl_config.yaml",
+    "unsloth_compiled_cache/UnslothSFTTrainer.py",
+    "args.json",
+    "logging.jsonl",
+    "additional_config.json",
+    "images/train_loss.png",
+    # ColossalAI, NeMo, Composer, Lightning, MosaicML, DeepSpeed, accelerate
+    "running_states.json",
+    "context/model.yaml",
+    "hparams.yaml",
+    "cmd-args.log",
+    "git-info.log",
+    "nemo_error_log.txt",
+    "nemo_log_globalrank-0_localrank-0.txt",
+    "logs-rank0.txt",
+    "lightning_logs/version_0/hparams.yaml",
+    "ds_config.json",
+    "accelerate_config.yaml",
+    # loggers
+    "wandb/run-1/files/config.yaml",
+    "wandb-summary.json",
+    "swanlog/run-1/files/metadata.json",
+    "swanlab_public_config.json",
+    "mlruns/0/meta.json",
+    "tensorboard/a.json",
+    "trackio/x.json",
+    "all_metrics.json",
+    "test_results.json",
+    "generated_predictions.json",
+    "stdout.txt",
+    "LOG.txt",
+    # secrets
+    "credentials.json",
+    "my_secrets.json",
+    "hf_token.txt",
+    "token.json",
+    "service_account.json",
+    "prod.env",
+    "server.key",
 ]
 WEIGHTS = [
     "model.safetensors",
@@ -83,7 +133,18 @@ WEIGHTS = [
     "onnx/model.onnx",
     "consolidated.00.pth",
 ]
-UNKNOWN = [".env", ".git/config.json", "a/b/c/d.json", "data.bin.gz", "x\ny.json", "\udcff.json"]
+UNKNOWN = [
+    "notes.txt",
+    "config.yaml",
+    "my-run.yml",
+    "nohup.out",
+    ".env",
+    ".git/config.json",
+    "a/b/c/d.json",
+    "data.bin.gz",
+    "x\ny.json",
+    "\udcff.json",
+]
 
 
 @pytest.mark.parametrize(

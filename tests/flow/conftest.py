@@ -24,7 +24,7 @@ from ckptd.jobs.store import Sighting
 DEFINITION = """\
 pipeline: {name}
 watch:
-  - path: {runs}/*/checkpoint-*
+  - path: {runs}/{glob}/checkpoint-*
     settle: {settle}
 stages:
 {stages}
@@ -55,6 +55,7 @@ class Deployment:
         self,
         *,
         name: str = "publish",
+        glob: str = "*",
         stages: str = STAGES,
         push: str = "",
         settle: str = "300ms",
@@ -63,7 +64,7 @@ class Deployment:
         """Write (or rewrite) a definition file."""
         path = self.definitions / f"{name}.yaml"
         text = DEFINITION.format(
-            name=name, runs=self.runs, settle=settle, stages=stages, push=push, tag=tag
+            name=name, runs=self.runs, glob=glob, settle=settle, stages=stages, push=push, tag=tag
         )
         temporary = path.with_suffix(".new")
         temporary.write_text(text)

@@ -8,36 +8,33 @@ while it is killed again and again, and `check` says what of the promises does n
 from __future__ import annotations
 
 import functools
-import hashlib
-import itertools
 import os
+import random
 import re
 import signal
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anyio
-from huggingface_hub import HfApi
-from huggingface_hub.hf_api import RepoFile
-
-from ckptd.hub.local.traffic import Fault
+from ckptd.hub.local import xet
+from ckptd.hub.local.traffic import Entry, Fault, Ledger
 from ckptd.jobs.database import Database
-from ckptd.jobs.job import Job, State
-from ckptd.jobs.store import Moment
-from ckptd.pipeline import definition
-from ckptd.runner import job as runner_job
-from tests.flow.conftest import Deployment, write_checkpoint
+from ckptd.jobs.job import TERMINAL, Job
+from tests.flow.conftest import Deployment
+from tests.flow.judgement import Figures, Judge
+from tests.flow.kinds import Kind
 from tests.flow.steps.arms import Steps
 
-PROGRAM = re.compile(r"[0-9a-f]{12,64}|(?<=/)\d+(?=/|$)|(?<=step-)\d+")
-"""What differs between two requests of one kind."""
+VARYING = re.compile(
+    r"(?<=/ckptd/)[a-z]+-\d|[0-9a-f]{12,64}|(?<=/)\d+(?=/|$)|(?<=step-)\d+|(?<=pr%2F)\d+"
+)
+"""What differs between two requests of one kind: repos, hashes, numbers."""
 REACH_JOBS = 2
-"""Jobs that are done from end to end before a step counts as one that does not come here."""
+"""Jobs a slot that are done from end to end before a step counts as one that does not come here."""
 REACH_S = 120.0
 """The same in seconds, where nothing gets done."""
 
@@ -61,74 +58,110 @@ class Kill:
         return f"{self.victim} at {at}{' (done)' if self.done else ''}"
 
 
-@dataclass(slots=True, kw_only=True)
-class Figures:
-    """What happened in a siege."""
+class Received(Ledger):
+    """Every request so far, and which content was sent although the Hub had it."""
 
-    kills: int = 0
-    by_victim: Counter[str] = field(default_factory=Counter)
-    unreached: list[str] = field(default_factory=list)
-    recoveries_s: list[float] = field(default_factory=list)
-    """From the start of a daemon to work: a job of before started, or ready where there is none."""
-    jobs: int = 0
-    attempts: int = 0
-    lost: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
-    torn: list[str] = field(default_factory=list)
-    rewritten: list[str] = field(default_factory=list)
-    resent: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    untrue: list[str] = field(default_factory=list)
-    """Lines of a job's history that do not tell what happened."""
+    def __init__(self, root: Path) -> None:
+        super().__init__(_entries=deque())
+        self._shards = root / "xet" / "shards"
+        self._read: set[Path] = set()
+        self._described: set[str] = set()
+        self._sent: Counter[str] = Counter()
+        self.resent: list[str] = []
 
-    @property
-    def faults(self) -> list[str]:
-        """Every promise that was broken."""
-        named = ("lost", "doubled", "torn", "rewritten", "resent", "left", "untrue")
-        return [f"{name}: {text}" for name in named for text in getattr(self, name)]
-
-    def __str__(self) -> str:
-        slowest = max(self.recoveries_s, default=0.0)
-        median = sorted(self.recoveries_s)[len(self.recoveries_s) // 2] if self.recoveries_s else 0
-        broken = {n: len(getattr(self, n)) for n in ("lost", "doubled", "torn", "rewritten")}
-        broken |= {n: len(getattr(self, n)) for n in ("resent", "left", "untrue")}
-        return (
-            f"{self.kills} kills ({dict(self.by_victim)}), {self.jobs} jobs, {self.attempts} tries; "
-            f"{broken}; back at work after {median:.2f} s (slowest {slowest:.2f} s of "
-            f"{len(self.recoveries_s)} starts); {len(self.unreached)} steps not reached"
-        )
+    def add(self, entry: Entry) -> None:
+        """Note a finished request; called on the Hub's own loop."""
+        super().add(entry)
+        if entry.status != 200:
+            return
+        if entry.method == "PUT":
+            self._sent[entry.path] += 1
+            if self._sent[entry.path] > 1:
+                self.resent.append(f"{entry.path}: sent {self._sent[entry.path]} times")
+        elif entry.path.endswith("/v1/shards"):
+            for path in set(self._shards.glob("*.mdb")) - self._read:
+                self._read.add(path)
+                files = xet.read_shard(path.read_bytes())
+                self._described |= {term.xorb for file in files for term in file.terms}
+        elif entry.method == "POST" and (xorb := entry.path.rpartition("/")[2]) in self._described:
+            self.resent.append(f"xorb {xorb}: sent again after its files were whole")
 
 
 class Siege:
-    """One node, its Hub, and the kills that befall it."""
+    """One node, its Hub, and the kills that befall it.
 
-    def __init__(self, node: Deployment) -> None:
+    Up to `slots` jobs run at a time. `generator` chooses among `kinds`, and among `transports` (True
+    for Xet, False for LFS) at each start of the daemon.
+    """
+
+    def __init__(
+        self,
+        node: Deployment,
+        kinds: Sequence[Kind],
+        *,
+        slots: int = 1,
+        transports: Sequence[bool] = (False,),
+        generator: random.Random | None = None,
+    ) -> None:
         self.node = node
+        self.kinds = kinds
         self.figures = Figures()
+        self._slots = slots
+        self._transports = transports
+        self._uses_xet = transports[0]
+        self._generator = generator or random.Random(0)
         self._steps = 0
         self._made = Steps(node.root)
+        self._makers: dict[str, set[tuple[Kind, bool]]] = {}
         self._expected: dict[int, dict[str, str]] = {}
         self._staged: dict[tuple[str, str], tuple[int, int]] = {}
         self._fired = threading.Event()
         self._log_began = 0
+        self._began_with_work: list[float] = []
+        self._received = node.hub.traffic.ledger = Received(node.hub.root)
+        for kind in kinds:
+            kind.define(node)
 
     # What happens ---------------------------------------------------------------------------------
 
+    def rehearse(self) -> None:
+        """Let each kind be published once over each transport, and note which steps it makes."""
+        for uses_xet in self._transports:
+            self._uses_xet = uses_xet
+            self.start()
+            for kind in self.kinds:
+                seen, received = len(self._made.lines()), len(self._received)
+                self.feed(kind)
+                self.node.wait_for_ended(self._steps)
+                self.node.wait_for(self.node.clean)
+                made = self._made.lines()[seen:]
+                made += [kind_of(e.method, e.path) for e in list(self._received)[received:]]
+                for step in made:
+                    self._makers.setdefault(step, set()).add((kind, self._uses_xet))
+            if uses_xet is not self._transports[-1]:
+                assert self.node.stop() == 0
+
     def start(self) -> None:
         """Start the daemon and note how long it takes to get to work."""
-        unfinished = [job for job in self._jobs() if not job.state.terminal]
-        due = bool(unfinished) and (unfinished[0].next_try_at or 0.0) < time.time()
+        now = time.time()
+        due = any(not job.state.terminal and (job.next_try_at or 0.0) < now for job in self._jobs())
         began = time.monotonic()
         self._launch()
         sign = "job started" if due else "daemon ready"
         self._wait(lambda: self._is_dead() or sign in self._log_of_this_life())
         if not self._is_dead():
             self.figures.recoveries_s.append(time.monotonic() - began)
+            if due:
+                self._began_with_work.append(began)
 
     def _launch(self) -> None:
         log_path = self.node.log_path
         self._log_began = log_path.stat().st_size if log_path.exists() else 0
-        self.node.launch(**self._made.environment)
+        self.node.launch(
+            CKPTD_SLOTS=str(self._slots),
+            HF_HUB_DISABLE_XET=str(int(not self._uses_xet)),
+            **self._made.environment,
+        )
 
     def _log_of_this_life(self) -> str:
         return self.node.log_path.read_bytes()[self._log_began :].decode()
@@ -142,19 +175,21 @@ class Siege:
         self._disarm()
         self.figures.kills += 1
 
-    def feed(self) -> None:
+    def feed(self, kind: Kind) -> None:
         """Let the trainer save one more checkpoint."""
         self._steps += 1
-        folder = self.node.runs / "run" / f"checkpoint-{self._steps}"
-        write_checkpoint(folder, self._steps, rows=300)
-        self._expected[self._steps] = made_of(folder, self.node.definitions / "publish.yaml")
+        run = f"{kind.name}-{self._steps % self._slots}"
+        folder = self.node.runs / run / f"checkpoint-{self._steps}"
+        kind.save(folder, self._steps)
+        self._expected[self._steps] = kind.made_of(folder, self.node)
 
     def suffer(self, kill: Kill) -> bool:
         """Arm `kill`, give the node work until it strikes, revive what died; False: it never came."""
         self._fired.clear()
+        kinds = self._prepare(kill)
         self._arm(kill)
         deadline = time.monotonic() + REACH_S
-        most = self._steps + REACH_JOBS
+        most = self._steps + REACH_JOBS * self._slots
         while not self._has_struck():
             if self._steps > most or time.monotonic() > deadline:
                 self._disarm()
@@ -162,8 +197,8 @@ class Siege:
                 if self._is_dead():  # it came at the last moment
                     self._bury("both")
                 return False
-            if not any(not job.state.terminal for job in self._jobs()) and not self._is_dead():
-                self._feed_if_taken()
+            if not self._is_dead():
+                self._feed_if_idle(kinds)
             self._fired.wait(0.02)
         self._disarm()
         self.figures.kills += 1
@@ -177,24 +212,39 @@ class Siege:
         jobs = self.node.wait_for_ended(self._steps)
         self.node.wait_for(self.node.clean)
         assert self.node.stop() == 0
-        self._judge(jobs)
+        self.figures.works_s = self._made.reached("runner ", self._began_with_work)
+        self.figures.resent += self._received.resent
+        judge = Judge(
+            node=self.node, figures=self.figures, expected=self._expected, slots=self._slots
+        )
+        judge.judge(jobs)
         return self.figures
 
-    def named_steps(self) -> list[str]:
-        """Return the steps that daemon and runner have made so far, each once, in their order."""
-        return self._made.seen()
+    def named_steps(self, role: str) -> list[str]:
+        """Return the steps that daemon or runner have made so far, each once, in their order."""
+        return [line for line in self._made.seen() if line.startswith(role)]
 
     def requests(self) -> list[str]:
         """Return the kinds of requests that the Hub has got so far."""
-        kinds = (f"{e.method} {PROGRAM.sub('*', e.path)}" for e in self.node.hub.ledger)
-        return list(dict.fromkeys(kinds))
+        return list(dict.fromkeys(kind_of(e.method, e.path) for e in self._received))
 
     # How it is done -------------------------------------------------------------------------------
 
-    def _feed_if_taken(self) -> None:
-        """Feed another checkpoint once those before have become jobs."""
-        if len(self._jobs()) >= self._steps:
-            self.feed()
+    def _prepare(self, kill: Kill) -> list[Kind]:
+        """Return the kinds that may lead to `kill`, with a daemon over whose transport it comes."""
+        makers = self._makers.get(kill.label or kill.request or "")
+        if not makers:
+            return list(self.kinds)
+        if all(uses_xet is not self._uses_xet for _, uses_xet in makers):
+            self._uses_xet = not self._uses_xet
+            assert self.node.stop() == 0
+            self.start()
+        return [kind for kind, uses_xet in makers if uses_xet is self._uses_xet]
+
+    def _feed_if_idle(self, kinds: Sequence[Kind]) -> None:
+        """Feed another checkpoint where a slot has nothing to do."""
+        if self._steps - self._num_ended() < self._slots:
+            self.feed(self._generator.choice(kinds))
 
     def _arm(self, kill: Kill) -> None:
         self._made.disarm()
@@ -203,12 +253,11 @@ class Siege:
         elif kill.request is not None:
             self.node.hub.faults = functools.partial(self._at_request, kill)
         else:
-            self._feed_if_taken()
+            self._feed_if_idle(self.kinds)
             threading.Timer(kill.after_s, self._strike, (kill.victim,)).start()
 
     def _at_request(self, kill: Kill, request: Any) -> Fault | None:
-        kind = f"{request.method} {PROGRAM.sub('*', request.url.path)}"
-        if kind != kill.request or self._fired.is_set():
+        if kind_of(request.method, request.url.path) != kill.request or self._fired.is_set():
             return None
         self._strike(kill.victim)
         return Fault.LOSE_ANSWER if kill.done else Fault.DROP
@@ -232,13 +281,14 @@ class Siege:
 
     def _bury(self, victim: str) -> None:
         """Look at what a death left, and start the daemon again where it is gone."""
-        if victim != "runner":
-            assert self.node.process is not None
-            self.node.process.wait(10)
+        if victim == "runner":
             self._look_at_staging()
-            self.start()
-        else:
-            self._look_at_staging()
+            return
+        assert self.node.process is not None
+        self.node.process.wait(10)
+        self._look_at_staging()
+        self._uses_xet = self._generator.choice(self._transports)
+        self.start()
 
     def _look_at_staging(self) -> None:
         """Finished shards must be the very files that they were at an earlier look."""
@@ -261,14 +311,23 @@ class Siege:
         return self.node.process is None or self.node.process.poll() is not None
 
     def _jobs(self) -> Sequence[Job]:
-        if not (self.node.state / "jobs.sqlite3").exists():
-            return ()
-        try:
-            return self.node.jobs()
-        except Exception:  # noqa: BLE001 - killed between creating the file and its tables
-            return ()
+        return self._asked(Database.list) or ()
 
-    def _wait(self, condition: Any, seconds: float = 60.0) -> None:
+    def _num_ended(self) -> int:
+        counts = self._asked(Database.counts) or {}
+        return sum(counts.get(state, 0) for state in TERMINAL)
+
+    def _asked(self, question: Callable[[Database], Any]) -> Any:
+        """Return what the job database says, None before it is there."""
+        if not (self.node.state / "jobs.sqlite3").exists():
+            return None
+        try:
+            with Database(self.node.state / "jobs.sqlite3", read_only=True) as database:
+                return question(database)
+        except Exception:  # noqa: BLE001 - killed between creating the file and its tables
+            return None
+
+    def _wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -276,108 +335,7 @@ class Siege:
                 raise AssertionError(f"never came true; the daemon's log:\n{log}")
             self._fired.wait(0.02)
 
-    # What must hold -------------------------------------------------------------------------------
 
-    def _judge(self, jobs: Sequence[Job]) -> None:
-        figures = self.figures
-        figures.jobs, figures.attempts = len(jobs), sum(job.attempt for job in jobs)
-        steps = Counter(job.spec.step for job in jobs)
-        figures.lost += [f"step {s}: no job" for s in self._expected if s not in steps]
-        figures.doubled += [f"step {s}: {n} jobs" for s, n in steps.items() if n > 1]
-        ids = Counter(re.findall(r"ckptd-push-id: *(\S+)", "\n".join(self.node.commits())))
-        figures.doubled += [f"push {i}: {n} commits" for i, n in ids.items() if n > 1]
-        if len(ids) != len(jobs):
-            figures.lost.append(f"{len(jobs)} jobs but {len(ids)} pushes on the branch")
-        with Database(self.node.state / "jobs.sqlite3", read_only=True) as database:
-            for job in jobs:
-                figures.untrue += untruths(job, database.history(job.job_id))
-                figures.torn += self._torn(job)
-        if figures.attempts - len(jobs) > figures.kills:
-            figures.untrue.append(f"{figures.attempts} tries of {len(jobs)} jobs")
-        puts = Counter(e.path for e in self.node.hub.ledger.find("PUT") if e.status == 200)
-        figures.resent += [f"{path}: sent {n} times" for path, n in puts.items() if n > 1]
-        figures.left += [str(path) for path in self._leftovers()]
-
-    def _torn(self, job: Job) -> list[str]:
-        """What of the published model is not what a job in peace makes."""
-        if job.state is not State.PUBLISHED or job.outcome is None:
-            self.figures.lost.append(f"step {job.spec.step}: {job.state.value}: {job.reason}")
-            return []
-        assert job.spec.step is not None
-        api = HfApi(endpoint=self.node.hub.url, token=self.node.hub.token)
-        files = api.list_repo_tree("ckptd/run", revision=f"step-{job.spec.step}", recursive=True)
-        found = {f.path: f for f in files if isinstance(f, RepoFile)}
-        wrong = []
-        for name, sha256 in self._expected[job.spec.step].items():
-            file = found.get(name)
-            if file is None:
-                wrong.append(f"step {job.spec.step}: {name} is not there")
-            elif sha256 not in (file.lfs.sha256 if file.lfs else None, file.blob_id):
-                wrong.append(f"step {job.spec.step}: {name} differs")
-        weights = {name for name in found if name.endswith(".safetensors")}
-        if extra := weights - self._expected[job.spec.step].keys():
-            wrong.append(f"step {job.spec.step}: {extra} too much")
-        return wrong
-
-    def _leftovers(self) -> Iterator[Path]:
-        """Files of ours that nobody needs: all but database, identity, lock, status and known roots."""
-        kept = {"lock", "identity", "status.json", "jobs.sqlite3", "root"}
-        for folder in (self.node.state, self.node.runs / ".ckptd"):
-            for path in folder.rglob("*"):
-                if path.is_file() and path.name not in kept and "sqlite3-" not in path.name:
-                    yield path
-
-
-def made_of(folder: Path, definition_path: Path) -> dict[str, str]:
-    """Return name -> sha256 of the weights, git id of config and index, as a job in peace makes."""
-    work = runner_job.Work(
-        checkpoint_path=folder,
-        name=folder.name,
-        run=folder.parent.name,
-        layout="auto",
-        definition=definition.load_definition(definition_path),
-        content_digest=None,
-        fingerprint=None,
-        pipeline_digest="",
-        work_path=folder.parents[2] / "expected" / folder.name,
-        output_path=None,
-        push=False,
-        endpoint=None,
-        within=None,
-        byte_budget=64_000_000,
-        num_threads=1,
-    )
-    anyio.run(functools.partial(runner_job.execute, work, report=lambda _: None))
-    made = {}
-    for path in (work.work_path / "out").iterdir():
-        content = path.read_bytes()
-        if path.suffix == ".safetensors":
-            made[path.name] = hashlib.sha256(content).hexdigest()
-        elif path.name in {"config.json", "model.safetensors.index.json"}:
-            blob = b"blob %d\0" % len(content) + content
-            made[path.name] = hashlib.sha1(blob, usedforsecurity=False).hexdigest()
-    return made
-
-
-def untruths(job: Job, history: Sequence[Moment]) -> list[str]:
-    """Return what of `history` cannot have happened, or does not say why."""
-    wrong = []
-    told = [(moment.state, moment.attempt) for moment in history]
-    if told[0] != (State.QUEUED, 1):
-        wrong.append(f"begins with {told[0]}")
-    if told[-1] != (job.state, job.attempt):
-        wrong.append(f"ends with {told[-1]}, the job is {job.state} at {job.attempt}")
-    for before, after in itertools.pairwise(history):
-        step = after.attempt - before.attempt
-        match before.state, after.state:
-            case (State.QUEUED | State.RETRYING, State.RUNNING) if step == 0:
-                continue
-            case (State.RUNNING, State.PUBLISHED) if step == 0:
-                continue
-            case (State.RUNNING, State.QUEUED) if step == 1 and "was lost" in (after.reason or ""):
-                continue
-            case (State.RUNNING, State.RETRYING) if step == 1 and after.reason:
-                continue
-        wrong.append(f"{before.state.value} {before.attempt} then {after.state.value} "
-                     f"{after.attempt} ({after.reason})")  # fmt: skip
-    return [f"{job.job_id}: {text}" for text in wrong]
+def kind_of(method: str, path: str) -> str:
+    """Return a request without what differs between two of one kind."""
+    return f"{method} {VARYING.sub('*', path)}"

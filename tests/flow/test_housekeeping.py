@@ -241,8 +241,21 @@ async def test_a_start_after_a_crash_takes_up_what_was_frozen_for_no_job(node: N
     node.pin(gone, "pins", "of-gone")
     node.pin(there, "pins", "of-there")
     shutil.rmtree(gone)
-    await node.janitor().sweep(await node.store.list())
+    await node.janitor().sweep()
     assert Path(kept.pinned_path).exists()
     live = node.root / ".ckptd" / "live"
     assert [path.name for path in live.iterdir()] == ["of-gone"]
     assert not (node.root / ".ckptd" / "pins" / "of-there").exists()
+
+
+async def test_a_start_removes_what_a_kill_left_of_jobs_that_have_ended(node: Node) -> None:
+    """Killed between recording the end and tidying up: pin and staging go, also without a source."""
+    spec = await node.job(1)
+    shutil.rmtree(spec.source_path)
+    work = housekeeping.work_path(node.state, spec.job_id)
+    assert work.exists()
+    await node.store.cancel(spec.job_id, now=101.0)
+    await node.janitor().sweep()
+    assert not Path(spec.pinned_path).exists()
+    assert not work.exists()
+    assert not [*(node.root / ".ckptd" / "live").glob("*")]

@@ -1,21 +1,31 @@
 """SIGKILL at every named step and at any time: one commit each, right bytes, nothing left behind.
 
 The suite strikes eight times; `CKPTD_KILLS=300` makes it the long run of the CI, and `-s` shows
-its figures. `CKPTD_KILLS_SEED` chooses other moments.
+its figures. The long run has every kind of work at once (plain, as a pull request, resized and cast,
+dequantized), several slots, and uploads over LFS and Xet; the short one has one kind that needs no
+torch. `CKPTD_KILLS_SEED` chooses other kinds and moments.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import random
 from collections.abc import Iterator
 
+import pytest
+
 from tests.flow.conftest import Deployment
 from tests.flow.kills import Kill, Siege
+from tests.flow.kinds import KINDS, PLAIN
 
 NUM_KILLS = int(os.environ.get("CKPTD_KILLS", "8"))
 SEED = int(os.environ.get("CKPTD_KILLS_SEED", "0"))
+LONG = 50
+"""Kills from which on a run has everything."""
+LONGEST_KILL_S = 15.0
+"""Between two kills of a long run, on a machine that is busy with other things, too."""
 ONCE = (
     " state",
     "state/lock",
@@ -32,6 +42,8 @@ FIRST_PUSH = ("repos/create", "validate-yaml")
 """Requests that are made once for each repo."""
 IDLE = ("(nothing)", "status.json")
 """Steps that a daemon makes all the time."""
+TRANSPORTS = (False, True) if importlib.util.find_spec("hf_xet") else (False,)
+"""Whether uploads go over Xet."""
 RECOVERY_S = 5.0
 """From a restart to work, on a machine that has its cores to itself."""
 JOB_S = 1.5
@@ -40,8 +52,8 @@ JOB_S = 1.5
 
 def plan_of(siege: Siege, num_kills: int, generator: random.Random) -> Iterator[Kill]:
     """Yield kills at every named step and request, or some of them, then at random moments for ever."""
-    named = [Kill(victim="daemon", label=step) for step in _steps(siege, "daemon")]
-    for step in _steps(siege, "runner"):
+    named = [Kill(victim="daemon", label=step) for step in _steps(siege, "daemon ")]
+    for step in _steps(siege, "runner "):
         named += [Kill(victim=victim, label=step) for victim in ("runner", "both")]
     asked = [
         Kill(victim=victim, request=request, done=done)
@@ -62,8 +74,19 @@ def plan_of(siege: Siege, num_kills: int, generator: random.Random) -> Iterator[
 
 
 def _steps(siege: Siege, role: str) -> list[str]:
-    steps = [s for s in siege.named_steps() if s.startswith(role)]
+    steps = siege.named_steps(role)
     return [s for s in steps if not s.endswith(ONCE) and not any(idle in s for idle in IDLE)]
+
+
+def _drawn(node: Deployment, generator: random.Random) -> Siege:
+    """Return a siege with everything, or a short one."""
+    if NUM_KILLS >= LONG:
+        slots = generator.choice((2, 3))
+        return Siege(node, KINDS, slots=slots, transports=TRANSPORTS, generator=generator)
+    kind = generator.choice([kind for kind in KINDS if not kind.computes])
+    slots = generator.choice((1, 2))
+    transports = [generator.choice(TRANSPORTS)]
+    return Siege(node, [kind], slots=slots, transports=transports, generator=generator)
 
 
 def _allowed_s() -> float:
@@ -71,15 +94,13 @@ def _allowed_s() -> float:
     return RECOVERY_S * max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
+@pytest.mark.timeout(max(300.0, LONGEST_KILL_S * NUM_KILLS))
 def test_killed_at_every_step_each_checkpoint_is_published_exactly_once(node: Deployment) -> None:
     """Whatever is killed, and when: nothing lost, doubled, torn, rewritten, sent again or left."""
-    node.define()
-    siege = Siege(node)
-    siege.start()
-    siege.feed()
-    node.wait_for_ended(1)
-    node.wait_for(node.clean)
-    for kill in plan_of(siege, NUM_KILLS, random.Random(SEED)):
+    generator = random.Random(SEED)
+    siege = _drawn(node, generator)
+    siege.rehearse()
+    for kill in plan_of(siege, NUM_KILLS, generator):
         if siege.suffer(kill) and siege.figures.kills % 25 == 0:
             print(siege.figures, flush=True)
         if siege.figures.kills == NUM_KILLS:
@@ -89,6 +110,7 @@ def test_killed_at_every_step_each_checkpoint_is_published_exactly_once(node: De
     assert figures.faults == []
     assert len(figures.unreached) <= 0.05 * NUM_KILLS
     assert max(figures.recoveries_s) < _allowed_s()
+    assert max(figures.works_s, default=0.0) < _allowed_s()
 
 
 def test_killed_during_its_first_start_the_daemon_starts_all_the_same(
@@ -102,8 +124,7 @@ def test_killed_during_its_first_start_the_daemon_starts_all_the_same(
         "daemon committed (nothing) state/jobs.sqlite3",
     ]
     lazy = ["daemon link runs/.ckptd/.probed*", "runner mkdir state/work/*/out"]
-    node.define()
-    siege = Siege(node)
+    siege = Siege(node, [PLAIN])
     for step in steps:
         siege.die_at_start(Kill(victim="daemon", label=step))
     siege.start()

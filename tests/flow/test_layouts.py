@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, equal, manual_seed, randn
 
 from ckptd.jobs.job import State
-from tests.flow.conftest import Deployment
+from ckptd.jobs.store import Sighting, Verdict
+from tests.flow.conftest import Deployment, write_checkpoint
 
 STAGES = "  - cast: {dtype: bfloat16}\n"
 
@@ -96,3 +97,45 @@ def test_components_of_diffusers_are_published_as_a_tree(
     assert not (folder / "config.json").exists()
     assert (folder / "model_index.json").exists() is (kind == "pipeline")
     assert node.stop() == 0
+
+
+def _said(node: Deployment) -> dict[str, Sighting]:
+    return {Path(found.source_path).name: found for found in node.sightings()}
+
+
+def test_what_the_last_checkpoint_had_is_known_after_a_restart(node: Deployment) -> None:
+    """The next one of the run lacks the tokenizer: it waits and names it, and goes on when it comes."""
+    node.define()
+    node.start()
+    run = node.runs / "run"
+    write_checkpoint(run / "checkpoint-10", 10)
+    node.wait_for_ended(1)
+    assert node.stop() == 0
+    write_checkpoint(run / "checkpoint-20", 20)
+    (run / "checkpoint-20" / "tokenizer.json").unlink()
+    node.start()
+    seen = node.wait_for(lambda: _said(node).get("checkpoint-20"))
+    assert seen.verdict is Verdict.INCOMPLETE
+    assert "tokenizer.json, which checkpoint-10 had, not there" in (seen.reason or "")
+    (run / "checkpoint-20" / "tokenizer.json").write_text("{}")
+    _, second = node.wait_for_ended(2)
+    assert second.state is State.PUBLISHED
+
+
+def test_what_was_refused_is_judged_again_after_a_chmod(node: Deployment) -> None:
+    """Nothing else of it has changed, and no folder has: the event and the mode tell."""
+    node.define()
+    node.start()
+    folder = node.runs / "run" / "checkpoint-10"
+    write_checkpoint(folder, 10)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+
+    def refused() -> Sighting | None:
+        seen = _said(node).get("checkpoint-10")
+        return seen if seen is not None and seen.verdict is Verdict.REFUSED else None
+
+    first = node.wait_for(refused)
+    weights.chmod(0o640)
+    node.wait_for(lambda: (again := refused()) is not None and again.at > first.at)
+    assert not node.jobs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from starlette.responses import Response
 
 from ckptd.jobs import job as jobs
 from ckptd.jobs.database import Database
-from ckptd.jobs.job import Job, JobSpec, Outcome, State
+from ckptd.jobs.job import Job, JobSpec, State
 from ckptd.jobs.store import Verdict
 from ckptd.pipeline.take import Every
 from ckptd.service import policies
@@ -121,19 +122,15 @@ def test_a_branch_that_moves_forward_only_never_goes_back() -> None:
     assert policies.goes_back(made(10), [made(20, state=State.PUBLISHED)]) is None
 
 
-def test_the_same_bytes_at_another_step_lose_only_a_tag_of_their_own() -> None:
-    """Where both would get the same tag, or none, nothing is lost; else the first job is named."""
-    known = jobs.finish(
-        jobs.start(made(10, git_tag="step-10"), worker="w", lease_s=9.0, now=1.0),
-        Outcome(state=State.PUBLISHED, commit="f" * 40),
-        now=2.0,
-    )
-    why = policies.untagged(known, made(20, git_tag="step-20").spec) or ""
-    assert "step 10" in why
-    assert "job10" in why
-    assert "f" * 40 in why
-    assert policies.untagged(known, made(20, git_tag="step-10").spec) is None
-    assert policies.untagged(known, made(10, git_tag="step-20").spec) is None
+def test_the_same_bytes_at_another_step_give_only_a_tag_of_their_own() -> None:
+    """Where both would get the same tag, or none, or the step is the same, there is none to set."""
+    known = made(10, git_tag="step-10", state=State.PUBLISHED)
+    assert policies.second_tag(known, made(20, git_tag="step-20").spec) == "step-20"
+    assert policies.second_tag(known, made(20, git_tag="step-10").spec) is None
+    assert policies.second_tag(known, made(10, git_tag="step-20").spec) is None
+    told = policies.same_bytes(known)
+    assert "step 10" in told
+    assert "job10" in told
 
 
 def _reasons(node: Deployment) -> dict[str, str]:
@@ -229,19 +226,86 @@ def test_an_older_step_that_is_retried_leaves_a_moving_branch_alone(node: Deploy
     assert latest.target_commit == newer.outcome.commit
 
 
-def test_the_same_bytes_at_another_step_end_with_the_name_of_the_first_job(
+def _tags(node: Deployment) -> dict[str, str]:
+    refs = HfApi(endpoint=node.hub.url, token=node.hub.token).list_repo_refs("ckptd/run")
+    return {tag.name: tag.target_commit for tag in refs.tags}
+
+
+def _said_of(node: Deployment, name: str) -> tuple[Verdict, str] | None:
+    found = (s for s in node.sightings() if Path(s.source_path).name == name)
+    return next(((s.verdict, s.reason or "") for s in found), None)
+
+
+def test_the_same_bytes_at_another_step_put_a_second_tag_on_the_one_commit(
     node: Deployment,
 ) -> None:
-    """One commit, and the second step says that its own tag is not set, and where it could be."""
+    """One commit with both tags, also after a restart; what became of the second step says so."""
     node.define()
     node.start()
     run = node.runs / "run"
     write_checkpoint(run / "checkpoint-10", 10, seed=1)
     (job,) = node.wait_for_ended(1)
+    assert job.outcome is not None
+    write_checkpoint(run / "checkpoint-20", 20, seed=1)
+    node.wait_for(lambda: _said_of(node, "checkpoint-20"))
+    commit = job.outcome.commit
+    node.wait_for(lambda: _tags(node) == {"step-10": commit, "step-20": commit})
+    verdict, why = node.wait_for(lambda: _said_of(node, "checkpoint-20"))
+    assert verdict is Verdict.TAKEN
+    assert job.job_id in why
+    assert "step-20" in why
+    assert node.stop() == 0
+    node.start()
+    write_checkpoint(run / "checkpoint-30", 30)
+    node.wait_for_ended(2)
+    assert len(node.commits()) == 2
+    assert node.log_path.read_text().count("git tag set") == 1
+    node.wait_for(node.clean)
+
+
+def test_a_second_tag_waits_for_the_commit_and_survives_rotation(node: Deployment) -> None:
+    """The first is still being pushed when the second settles and is deleted: the tag comes later."""
+    goes_on = threading.Event()
+
+    def busy(request: Request) -> Response | None:
+        stops = "preupload" in request.url.path and not goes_on.is_set()
+        return Response(status_code=503) if stops else None
+
+    node.hub.faults = busy
+    node.define()
+    node.start()
+    run = node.runs / "run"
+    write_checkpoint(run / "checkpoint-10", 10, seed=1)
+    node.wait_for(node.jobs)
+    write_checkpoint(run / "checkpoint-20", 20, seed=1)
+    node.wait_for(lambda: "when it stands" in (_said_of(node, "checkpoint-20") or ("", ""))[1])
+    shutil.rmtree(run / "checkpoint-20")
+    goes_on.set()
+    (job,) = node.wait_for_ended(1)
+    assert job.outcome is not None
+    node.wait_for(lambda: _tags(node).get("step-20") == job.outcome.commit)
+    assert len(node.commits()) == 1
+    node.wait_for(node.clean)
+
+
+def test_a_second_tag_that_stands_elsewhere_is_not_moved(node: Deployment) -> None:
+    """Skipped, with the commit that has it."""
+    node.define()
+    node.start()
+    run = node.runs / "run"
+    write_checkpoint(run / "checkpoint-10", 10, seed=1)
+    (job,) = node.wait_for_ended(1)
+    api = HfApi(endpoint=node.hub.url, token=node.hub.token)
+    api.create_branch("ckptd/run", branch="other")
+    api.upload_file(
+        path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="ckptd/run", revision="other"
+    )
+    api.create_tag("ckptd/run", tag="step-20", revision="other")
+    theirs = _tags(node)["step-20"]
     write_checkpoint(run / "checkpoint-20", 20, seed=1)
     node.wait_for(lambda: "checkpoint-20" in _reasons(node))
-    assert job.outcome is not None
     why = _reasons(node)["checkpoint-20"]
-    for named in (job.job_id, "step-20", job.outcome.commit):
-        assert str(named) in why
-    assert len(node.commits()) == 1
+    assert job.outcome is not None
+    for named in (job.job_id, "step-20", theirs, str(job.outcome.commit)):
+        assert named in why
+    assert _tags(node)["step-20"] == theirs

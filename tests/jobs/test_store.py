@@ -355,3 +355,32 @@ async def test_a_clock_that_was_set_back_does_not_stop_a_retry(store: JobStore) 
 
 
 DAY = 86_400.0
+
+
+async def test_a_list_may_leave_out_other_runs_targets_and_earlier_steps(store: JobStore) -> None:
+    """A run is the very folder that the checkpoints lie in, whatever other names begin like it."""
+    places = {"a": "/runs/a/s", "b": "/runs/a/t", "c": "/runs/ab/s", "d": "/other/a/s"}
+    for step, (name, path) in enumerate(places.items()):
+        target = "acme/one@main" if name in "ac" else "acme/two@main"
+        await store.enqueue(spec(name, source_path=path, step=step, target=target), now=100.0)
+
+    async def names(**wanted: Any) -> str:
+        return "".join(job.spec.name for job in await store.list(**wanted))
+
+    assert await names() == "abcd"
+    assert await names(run_path=Path("/runs/a")) == "ab"
+    assert await names(target="acme/one@main") == "ac"
+    assert await names(after_step=1) == "cd"
+    assert await names(run_path=Path("/runs/a"), target="acme/two@main", after_step=0) == "b"
+    assert await names(states=[State.PUBLISHED], after_step=0) == ""
+
+
+async def test_a_job_is_found_by_its_id_or_by_a_beginning_that_only_it_has(store: JobStore) -> None:
+    """A whole id wins over longer ones; what several have, nobody or nothing has is refused."""
+    for job_id in ("ab", "abc1", "abd2", "f00"):
+        await store.enqueue(spec(job_id, job_id=job_id, target=f"acme/{job_id}"), now=100.0)
+    found = {given: (await store.get(given)).job_id for given in ("ab", "abc", "abd2", "f")}
+    assert found == {"ab": "ab", "abc": "abc1", "abd2": "abd2", "f": "f00"}
+    for refused in ("a", "x", "", "%", "b"):
+        with pytest.raises(errors.UsageError):
+            await store.get(refused)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import strategies as st
 
 from ckptd import errors
 from ckptd.pipeline import locate
+
+MOST_S = 2.0
+"""Processor time of a refusal, on a machine that is ten times as slow as it need be."""
 
 
 @pytest.mark.parametrize(
@@ -27,7 +31,7 @@ from ckptd.pipeline import locate
         ("a: [1", "p.yaml:1:"),
         ("a: 1\n---\nb: 2", "p.yaml:2:1: not YAML"),
         ("a: \x00", "p.yaml:1:1: not YAML"),
-        ("[" * 5000, "p.yaml:1:"),
+        ("[" * 5000, "p.yaml:1:33: nested more than 32 levels deep"),
         (": \n%YAML 9.9", "p.yaml:1:1: not YAML"),
         ("b: 1\na: !!int x", "p.yaml:2:4: a: is no int: 'x'"),
         ("a: !!float x", "p.yaml:1:4: a: is no float: 'x'"),
@@ -42,6 +46,52 @@ def test_unreadable_text(text: str, problem: str) -> None:
     with pytest.raises(errors.DefinitionError) as caught:
         locate.parse(text, "p.yaml")
     assert str(caught.value).startswith(problem)
+
+
+DEEP = [
+    pytest.param("a: " + "[" * 500, "p.yaml:1:35", id="brackets on a line"),
+    pytest.param("a:\n" + " [\n" * 50_000, "p.yaml:33:2", id="brackets on lines"),
+    pytest.param("a: " + "{a: " * 50_000, "p.yaml:1:127", id="braces"),
+    pytest.param("a:\n " + "- " * 50_000, "p.yaml:2:64", id="dashes"),
+    pytest.param("? " * 50_000, "p.yaml:1:65", id="keys"),
+    pytest.param(
+        "".join(f"{' ' * n}a:\n" for n in range(500)), "p.yaml:33:33", id="indented mappings"
+    ),
+]
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 400)
+)
+
+
+@pytest.mark.parametrize(("text", "place"), DEEP)
+def test_nesting_is_refused_where_it_becomes_too_deep(text: str, place: str) -> None:
+    """What is nested deeper than any definition is told with its place, and is not read further."""
+    begin = time.process_time()
+    with pytest.raises(errors.DefinitionError) as caught:
+        locate.parse(text, "p.yaml")
+    assert str(caught.value).startswith(f"{place}: nested more than 32 levels deep")
+    assert time.process_time() - begin < MOST_S
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a:\n" + "- 1\n" * 100_000, "p.yaml:5000:3: more than 5000 keys and values"),
+        ("".join(f"k{n}:\n" for n in range(9000)), "p.yaml:2501:1: more than 5000"),
+        ("a: [" + "x, " * 90_000, "p.yaml:1:14998: more than 5000"),
+        (LAUGHS, "p.yaml:454:"),
+    ],
+    ids=["list", "mapping", "line", "aliases"],
+)
+def test_a_text_of_many_values_is_refused_where_they_become_too_many(
+    text: str, problem: str
+) -> None:
+    """Long lists, and aliases of aliases, are told with the place of the first one too many."""
+    begin = time.process_time()
+    with pytest.raises(errors.DefinitionError) as caught:
+        locate.parse(text, "p.yaml")
+    assert str(caught.value).startswith(problem)
+    assert time.process_time() - begin < MOST_S
 
 
 def test_all_repeats_are_named() -> None:

@@ -32,6 +32,9 @@ def test_set_options_win(stages: dict[str, Any]) -> None:
         ("resize.two=1", "unknown option 'two'; did you mean 'to'?"),
         ("resize.to=0", "must be greater than 0, found 0"),
         ("resize.to=[", "the value cannot be read"),
+        ("resize.to=" + "[" * 500, "the value cannot be read"),
+        ("resize.to=2024-02-31", "the value cannot be read"),
+        ("resize.to=!!int x", "the value cannot be read"),
     ],
 )
 def test_wrong_settings(setting: str, what: str, stages: dict[str, Any]) -> None:

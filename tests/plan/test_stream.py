@@ -56,7 +56,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer, "BUFFER_BYTES", 1000)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(stream, "LANE_BYTES", 20_000)
-    monkeypatch.setattr(stream, "_SMALL_RUN_BYTES", 3000)
+    monkeypatch.setattr(blocks, "_SMALL_RUN_BYTES", 3000)
 
 
 def _plan(source: Checkpoint, *, limit: int | None = 60_000, cast: Dtype | None = None) -> Plan:

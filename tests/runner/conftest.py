@@ -33,7 +33,7 @@ SIDE_FILES = {
     "chat_template.jinja": "{{ x }}",
     "README.md": "# A model\n",
     "LICENSE": "free",
-    "assets/extra.txt": "deep",
+    "assets/vocab.txt": "deep",
 }
 TRAINER_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
 NUM_LAYERS = 8

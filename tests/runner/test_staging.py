@@ -12,7 +12,7 @@ from ckptd import errors
 from ckptd.checkpoint import checkpoint
 from ckptd.pipeline import compose
 from ckptd.plan.stream import FinishedShard
-from ckptd.runner.staging import Staging
+from ckptd.runner.staging import Sent, Staging, has_work
 from tests.runner.conftest import SHARDED
 
 
@@ -214,3 +214,51 @@ def test_an_empty_file_under_its_name_does_not_count(size, hashed, plan) -> None
     shard = plan.shards[0]
     (hashed.out_path / shard.name).write_bytes(bytes(size))
     assert shard.name not in hashed.resume(plan, hashed=True)
+
+
+def test_what_was_sent_is_recalled(plan, tmp_path) -> None:
+    """Each file with its last sha256, and whether the Hub has it; a torn line is forgotten."""
+    staging = Staging(tmp_path / "work")
+    assert staging.recall(plan) == {}
+    names = [shard.name for shard in plan.shards]
+    for name, is_sent in ((names[0], False), (names[1], False), (names[0], True)):
+        staging.note(name, Sent(sha256="ab" * 32, is_sent=is_sent))
+    path = staging.work_path / "ledger.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"sent": "torn')
+    expected = {
+        names[0]: Sent(sha256="ab" * 32, is_sent=True),
+        names[1]: Sent(sha256="ab" * 32, is_sent=False),
+    }
+    assert staging.recall(plan) == expected
+    staging.note(names[2], Sent(sha256="cd" * 32, is_sent=False))
+    assert staging.recall(plan).keys() == {*names[:3]}
+
+
+def test_another_plan_recalls_nothing(plan, bench, tmp_path) -> None:
+    """What was sent under another plan is not this one's."""
+    staging = Staging(tmp_path / "work")
+    staging.recall(plan)
+    staging.note(plan.shards[0].name, Sent(sha256="ab" * 32, is_sent=True))
+    stages = bench.work("- reshard: {max_shard_size: 8KB}").definition.stages
+    other = compose.from_headers(checkpoint.open_checkpoint(bench.source), stages)
+    assert staging.recall(other) == {}
+    assert staging.recall(plan) == {}
+
+
+def test_files_of_the_disk_give_their_digests_and_go(staging, plan) -> None:
+    """A job that goes on without staging keeps what was hashed, and leaves no weights behind."""
+    shard = plan.shards[2]
+    path = staging.out_path / shard.name
+    staging.record(FinishedShard(name=shard.name, path=path, nbytes=shard.nbytes, sha256="ab" * 32))
+    assert staging.recall(plan) == {shard.name: Sent(sha256="ab" * 32, is_sent=False)}
+    assert not list(staging.out_path.iterdir())
+
+
+def test_a_folder_has_work_once_something_is_noted(plan, tmp_path) -> None:
+    """A ledger that only names the plan is nothing to go on from."""
+    staging = Staging(tmp_path / "work")
+    assert not has_work(staging.work_path)
+    staging.recall(plan)
+    assert not has_work(staging.work_path)
+    staging.note(plan.shards[0].name, Sent(sha256="ab" * 32, is_sent=False))
+    assert has_work(staging.work_path)

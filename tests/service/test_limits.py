@@ -18,7 +18,7 @@ from ckptd.service import daemon, limits
 from ckptd.service.admission import Caps, Node
 from ckptd.service.board import STATUS_NAME
 from ckptd.telemetry import node as node_facts
-from ckptd.telemetry.status import DaemonStatus, LimitStatus
+from ckptd.telemetry.status import DaemonStatus, LimitStatus, PinStatus
 from tests.flow.conftest import Deployment, write_checkpoint
 
 
@@ -105,6 +105,41 @@ def test_every_limit_is_shown() -> None:
         LimitStatus(name="max_queued", value="5", now="5 unfinished", reached=True),
         LimitStatus(name="min_free", value="1 KB", now="500 B free", reached=True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "now"),
+    [
+        ("max_queued", "5", "0 unfinished"),
+        ("slots", "2", "0 running"),
+        ("jobs_per_repo", "3", None),
+        ("jobs_per_device", "4", None),
+        ("upload_limit", "50 MB/s", None),
+        ("nice", "6", None),
+        ("io_priority", "idle", None),
+        ("byte_budget", "100 MB", None),
+        ("runner_memory", "8 GB", None),
+        ("threads", "7", None),
+        ("pin_limit", "9 GB", "3 GB held"),
+        ("pin_age", "48h00m", None),
+        ("min_free", "1 KB", "2 KB free"),
+    ],
+)
+def test_a_limit_is_shown_as_it_is_set(name: str, value: str, now: str | None) -> None:
+    """Queue, concurrency, bandwidth, priorities, memory, pins, disk: each with what is used of it."""
+    wanted = settings.Settings(
+        max_queued=5, slots=2, jobs_per_repo=3, jobs_per_device=4, upload_limit="50MB/s", nice=6,
+        io_priority="idle", byte_budget="100MB", runner_memory="8GB", threads=7, pin_limit="9GB",
+        pin_age="2d",
+    )  # fmt: skip
+    found = limits.statuses(
+        wanted,
+        counts={},
+        caps=Caps(per_repo=3, per_device=4, min_free_bytes=1000),
+        found=Node(free_bytes=2000, accelerators=()),
+        pins=PinStatus(held_bytes=3_000_000_000, limit_bytes=9_000_000_000, max_age_s=172_800.0),
+    )
+    assert LimitStatus(name=name, value=value, now=now) in found
 
 
 def test_low_water_mark(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ quantizers (`ggml_quantize_chunk`): they write one tensor of every block type.
 Reference values come from `gguf.quants.dequantize` of that tree. For the architectures they are
 made the other way round, without any mapping of names: each tensor of the transformers model is
 quantized and dequantized as it is there, which the converted file must give again, for rows are
-quantized each on its own. Norms that a converter shifts are `(w + 1) - 1` in float32. Types that
+quantized each on its own. Experts of gpt-oss are random MXFP4 codes in transformers' own layout, and
+their values what transformers makes of them. Norms that a converter shifts are `(w + 1) - 1` in float32. Types that
 gguf-py cannot dequantize (Q1_0, Q2_0) have ggml's `dequantize_row_*`.
 
 Made with llama.cpp of llama-cpp-python 0.3.36 (gguf 0.19.0), ggml of xllamacpp 2026.10, torch 2.13,
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -52,8 +54,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-PLAIN_NAMES = ("mlp.gate.weight", "_moe.gate.weight", "shared_expert_gate.weight", "wpe.weight")
-"""Matrices that the converter never quantizes: routers and positions."""
+PLAIN_NAMES = (
+    "mlp.gate.weight",
+    "_moe.gate.weight",
+    "shared_expert_gate.weight",
+    "wpe.weight",
+    "router.weight",
+    "_proj_bias",
+)
+"""Matrices that the converter never quantizes: routers, positions and biases of experts."""
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
         "LlamaConfig",
@@ -80,6 +89,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GPT2Config",
         {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32, "n_ctx": 32},
     ),
+    "gptoss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 2, **EXPERTS}),
 }
 
 
@@ -102,18 +112,45 @@ def _architecture(name: str, folder: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config)
         _randomize(model)
         model.save_pretrained(made)
+        packed = _packed_experts(Path(made)) if name == "gptoss" else {}
         _tokenizer(made)
         _convert(Path(made), folder / "model.gguf")
         stored = load_file(Path(made) / "model.safetensors")
     shifted = name.startswith("gemma")
-    values = {key: _expected(key, value, shifted=shifted) for key, value in stored.items()}
-    _save(values, folder)
+    values = {
+        key: _expected(key, value, shifted=shifted)
+        for key, value in stored.items()
+        if not key.endswith(("_blocks", "_scales"))
+    }
+    _save(values | packed, folder)
 
 
 def _save(values: dict[str, torch.Tensor], folder: Path) -> None:
     path = folder / "reference.safetensors"
     save_file({name: value.contiguous() for name, value in values.items()}, path)
     path.chmod(0o644)
+
+
+def _packed_experts(folder: Path) -> dict[str, torch.Tensor]:
+    """Put random MXFP4 codes in the place of a model's experts; return the weights they mean."""
+    mxfp4 = importlib.import_module("transformers.integrations.mxfp4")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(5)
+    values = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        blocks = torch.randint(0, 256, (*shape, 16), generator=generator).to(torch.uint8)
+        scales = torch.randint(118, 125, shape, generator=generator).to(torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        made = mxfp4.convert_moe_packed_tensors(blocks, scales)
+        values[name] = (made.float() + 0.0).contiguous()  # ggml's whole numbers have no -0
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
 
 
 def _expected(name: str, value: torch.Tensor, *, shifted: bool) -> torch.Tensor:

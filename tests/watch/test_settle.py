@@ -17,7 +17,7 @@ QUIET_S = 10.0
 
 
 def fingerprint(version: int) -> Fingerprint:
-    return Fingerprint(content=b"%d" % version, changes=b"%d" % version, num_links=1)
+    return Fingerprint(content=b"%d" % version, changes=b"%d" % version, access=b"", num_links=1)
 
 
 def play(observations: list[tuple[float, int | None]]) -> list[tuple[Change, ...]]:
@@ -123,6 +123,21 @@ def test_hard_links_are_no_writing(tmp_path: Path) -> None:
     )
     _, changes = settle.observe(track, seen(folder), now=10.0, quiet_s=QUIET_S)
     assert changes == (Change.CHANGED,)  # compared with the pinned state, not with the first
+
+
+def test_who_may_read_it_is_told_from_a_link_of_ours(tmp_path: Path) -> None:
+    """A pin's link goes and the mode changes between two looks: that is a change all the same."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    os.link(folder / "model.safetensors", folder.parent / "pinned")
+    before = seen(folder)
+    (folder.parent / "pinned").unlink()
+    unpinned = seen(folder)
+    assert unpinned.is_quiet_since(before)
+    (folder / "model.safetensors").chmod(0o640)
+    assert not seen(folder).is_quiet_since(before)
+    assert not seen(folder).is_quiet_since(unpinned)
 
 
 @given(

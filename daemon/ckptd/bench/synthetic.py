@@ -41,6 +41,19 @@ def moe_specs(count: int) -> list[TensorSpec]:
     ]
 
 
+def giant_specs(count: int = 100_000) -> list[TensorSpec]:
+    """Return `count` tensors of a mixture of experts: a trillion parameters, if not told otherwise."""
+    layers = [f"model.layers.{n // 1536}.mlp.experts.{n % 1536 // 4}" for n in range(count - 3)]
+    kinds = ("gate_proj.weight", "up_proj.weight", "down_proj.weight", "input_layernorm.weight")
+    shapes = ((2560, 5120), (2560, 5120), (5120, 2560), (5120,))
+    return [
+        _spec("model.embed_tokens.weight", 163_840, 5120),
+        *(_spec(f"{name}.{kinds[n % 4]}", *shapes[n % 4]) for n, name in enumerate(layers)),
+        _spec("model.norm.weight", 5120),
+        _spec("lm_head.weight", 163_840, 5120),
+    ]
+
+
 def write(folder: Path, specs: list[TensorSpec], *, sparse: bool, shard_bytes: int) -> None:
     """Write a checkpoint of `specs`; sparse files have real headers and no tensor blocks."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ckptd.checkpoint import index, sidefiles, weights
+from ckptd.checkpoint import adapter_files, index, sidefiles, weights
 from ckptd.checkpoint.consolidate import assets as run_assets
 from ckptd.checkpoint.listing import Listing, list_files
 from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete
+
+_NOT_OF_ASSETS = frozenset({weights.CONFIG_NAME, adapter_files.CONFIG_NAME})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +98,14 @@ def side_files(
     assets: Path | None,
     *,
     with_config: bool = False,
+    is_adapter: bool = False,
     inner: Sequence[str] = (),
 ) -> tuple[tuple[SideFile, ...], tuple[str, ...]]:
     """Return the files that travel, and the names of those left out because nobody knows them.
 
     config.json is none of them, unless `with_config`: that of a pipeline's component is like any.
-    What lies in folders `inner` of the checkpoint travels as if it lay at the top.
+    What lies in folders `inner` of the checkpoint travels as if it lay at the top. adapter_config.json
+    goes with an adapter alone: beside a whole model it would make loaders look for the adapter.
 
     Raises:
         CheckpointIncomplete: the folder `assets` does not exist.
@@ -115,11 +119,16 @@ def side_files(
         folder = next((f"{one}/" for one in inner if file.relpath.startswith(f"{one}/")), "")
         name = file.relpath.removeprefix(folder)
         is_config = name == weights.CONFIG_NAME and not with_config
+        if PurePosixPath(name).name == adapter_files.CONFIG_NAME and not (
+            is_adapter and name == adapter_files.CONFIG_NAME
+        ):
+            left_out.append(file.relpath)
+            continue
         if fate is sidefiles.Fate.TRAVELS and not is_config and (folder or name not in chosen):
             chosen[name] = SideFile(relpath=name, path=path / file.relpath, nbytes=file.size)
     if assets is not None:
         for file in _list_assets(assets).files:
-            if file.relpath in chosen or file.relpath == weights.CONFIG_NAME:
+            if file.relpath in chosen or file.relpath in _NOT_OF_ASSETS:
                 continue
             if sidefiles.fate(file.relpath) is sidefiles.Fate.TRAVELS:
                 chosen[file.relpath] = SideFile(

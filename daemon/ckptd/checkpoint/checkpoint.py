@@ -266,7 +266,7 @@ def _opened_adapter(
     weights_path = path / adapter_files.find(path, listing.by_name)
     said = adapter_files.read_config(path / adapter_files.CONFIG_NAME)
     found = _adapter_weights(weights_path)
-    side_files, left_out = beside.side_files(path, listing, assets)
+    side_files, left_out = beside.side_files(path, listing, assets, is_adapter=True)
     return Checkpoint(
         path=path,
         name=name,
@@ -334,6 +334,7 @@ def tensors_of(
     """
     tensors: dict[str, StoredTensor] = {}
     for shard in headers:
+        shard_name = shard.path.name
         for tensor in shard.tensors:
             name = tensor.spec.name
             if name in tensors:
@@ -344,7 +345,7 @@ def tensors_of(
                     expected=tensors[name].extent.path.name,
                     found=f"also {shard.path.name}",
                 )
-            if weight_map is not None and weight_map.get(name) != shard.path.name:
+            if weight_map is not None and weight_map.get(name) != shard_name:
                 raise CheckpointCorrupt(
                     "the index and the shard disagree",
                     path=shard.path,

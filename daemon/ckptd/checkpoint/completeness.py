@@ -56,10 +56,15 @@ _UNCOUNTED = frozenset({dcp_safetensors.DCP_SAFETENSORS.name})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Complete:
-    """Whole: may be pinned for good and worked on."""
+    """Whole: may be pinned for good and worked on.
+
+    `doubts` is what speaks against it all the same: each was waited out, and whoever takes the
+    checkpoint says so.
+    """
 
     layout: str
     reason: str
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +156,12 @@ def examine(
         elements=structure.num_elements,
     )
     doubts = [*leftovers, *ended.doubts, *side_content.torn_state(named, seen.files)]
-    if structure.error is not None and structure.error.path.name == Path(ended.name or "").name:
+    wrong = structure.error
+    if isinstance(wrong, CheckpointCorrupt) and wrong.path.name == Path(ended.name or "").name:
         doubts.append(f"{ended.name} is not whole")
     not_ended = ended.problem
     if before is not None:
-        if chosen.name in _UNCOUNTED:
+        if chosen.name in _UNCOUNTED and done_file is None:
             not_ended = not_ended or file_set.shrunk(now, before)
         lacking = file_set.lacks(now, before, state=named == path or seen.path != listing.path)
         doubts += [] if lacking is None else [lacking]
@@ -195,7 +201,7 @@ def verdict(facts: Facts, *, quiet_s: float, settle_s: float, gone: bool = False
         return Waiting(why=facts.not_ended)
     if facts.doubts and not is_patient:
         return Waiting(why=facts.doubts[0])
-    return Complete(layout=facts.layout, reason=facts.reason)
+    return Complete(layout=facts.layout, reason=facts.reason, doubts=facts.doubts)
 
 
 def _structure(

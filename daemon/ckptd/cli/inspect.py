@@ -87,6 +87,8 @@ def _verdict(path: Path, layout: str, assets: Path | None) -> dict[str, Any]:
     verdict = completeness.verdict(facts, quiet_s=time.time() - newest_s, settle_s=SETTLE_S)
     why: str | None = None
     match verdict:
+        case completeness.Complete(doubts=doubts) if doubts:
+            why = f"although {'; '.join(doubts)}"
         case completeness.Waiting(why=why):
             pass
         case completeness.Broken(error=error):

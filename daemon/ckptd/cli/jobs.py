@@ -139,6 +139,7 @@ def info(
             "next try": _when(job.next_try_at) if waits else None,
             "checkpoint": spec.source_path,
             "step": spec.step,
+            "although": "; ".join(spec.doubts) or None,
             "pipeline": f"{spec.pipeline} ({spec.pipeline_digest[:12]})",
             "target": spec.target or "nothing is pushed",
             "content": spec.content_digest,

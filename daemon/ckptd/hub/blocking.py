@@ -55,7 +55,7 @@ class BlockingPublisher:
         self._stack = contextlib.ExitStack()
         self._portal: BlockingPortal | None = None
         self._publisher: Publisher | None = None
-        self._uploads: dict[push.LocalFile, Future[None]] = {}
+        self._uploads: dict[push.LocalFile, Future[str | None]] = {}
 
     def __enter__(self) -> Self:
         """Check token, repo, revision and card; make the repo and the branch if absent.

@@ -12,26 +12,31 @@ for as long. An abandoned write may still happen on the Hub; publishing is idemp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
 from huggingface_hub import HfApi, get_session
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._http import hf_raise_for_status
-from huggingface_hub.utils._pagination import paginate
+from huggingface_hub.utils._validators import validate_repo_id
 
 from ckptd import __version__, errors
-from ckptd.hub import ledger, push, session, tokens, transfer, translate
+from ckptd.hub import (
+    answers,
+    dialect,
+    ledger,
+    push,
+    session,
+    streaming,
+    tokens,
+    transfer,
+    translate,
+)
 from ckptd.hub.facts import Account, Commit, PullRequest, RepoFacts
 from ckptd.telemetry import logs
 
 T = TypeVar("T")
-
-_NO_SUCH_ROUTE = frozenset({400, 404, 405, 410, 501})
-"""What Hubs answer to a request that they do not know."""
 
 
 def configure(timeouts: session.Timeouts | None = None) -> None:
@@ -105,10 +110,11 @@ class HubClient:
 
     async def repo(self, repo_id: str) -> RepoFacts:
         """Return what the repo is. Raises errors.HubNotFound when there is no such repo."""
-        info = await self._call(
-            "looking up the repo", lambda: self._api.repo_info(repo_id), repo_id=repo_id
+        return await self._call(
+            "looking up the repo",
+            lambda: answers.repo(self._get(self._url(repo_id)).json(), asked=repo_id),
+            repo_id=repo_id,
         )
-        return RepoFacts(repo_id=str(info.id), is_private=bool(info.private))
 
     async def create_repo(self, repo_id: str, *, private: bool | None) -> None:
         """Make a model repo. Raises errors.HubConflict when it exists or is just being made."""
@@ -120,12 +126,15 @@ class HubClient:
 
     async def head(self, repo_id: str, revision: str) -> str | None:
         """Return the commit `revision` points to; None for an empty repo."""
-        info = await self._call(
-            f"looking up revision {revision}",
-            lambda: self._api.repo_info(repo_id, revision=revision),
-            repo_id=repo_id,
-        )
-        return info.sha
+
+        def look() -> str | None:
+            data = self._get(self._url(repo_id, "revision", revision)).json()
+            there = answers.head(data)
+            if there is None:  # an empty repo, or a Hub that does not say
+                there = answers.branch_head(self._get(self._url(repo_id, "refs")).json(), revision)
+            return there
+
+        return await self._call(f"looking up revision {revision}", look, repo_id=repo_id)
 
     async def create_branch(self, repo_id: str, branch: str, *, at: str | None) -> None:
         """Make a branch at a commit. Raises errors.HubConflict when it exists."""
@@ -137,27 +146,26 @@ class HubClient:
 
     async def tree(self, repo_id: str, revision: str) -> dict[str, ledger.RemoteFile]:
         """Return every file of a revision by path."""
-        return await self._call(
-            f"listing the files of {revision}",
-            lambda: {
-                item.path: ledger.RemoteFile(
-                    path_in_repo=item.path,
-                    nbytes=item.size,
-                    blob_id=item.blob_id,
-                    sha256=item.lfs.sha256 if item.lfs is not None else None,
-                )
-                for item in self._api.list_repo_tree(repo_id, recursive=True, revision=revision)
-                if isinstance(item, RepoFile)
-            },
-            repo_id=repo_id,
-        )
+
+        def look() -> dict[str, ledger.RemoteFile]:
+            found: dict[str, ledger.RemoteFile] = {}
+            link: str | None = self._url(repo_id, "tree", revision) + "?recursive=true"
+            while link is not None:
+                page = self._get(link)
+                found |= answers.files(page.json())
+                link = answers.next_page(page)
+            return found
+
+        return await self._call(f"listing the files of {revision}", look, repo_id=repo_id)
 
     async def read(self, repo_id: str, revision: str, path_in_repo: str) -> bytes:
         """Return the content of a small file. Raises errors.HubNotFound when it is absent."""
-        url = f"{self.endpoint}/{repo_id}/resolve/{quote(revision, safe='')}/{quote(path_in_repo)}"
+        place = f"{quote(revision, safe='')}/{quote(path_in_repo)}"
         return await self._call(
             f"reading {path_in_repo} of {revision}",
-            lambda: bytes(self._get(url).content),
+            lambda: answers.content(
+                self._get(f"{self.endpoint}/{repo_id}/resolve/{place}"), path_in_repo
+            ),
             repo_id=repo_id,
         )
 
@@ -168,19 +176,12 @@ class HubClient:
             errors.HubRejected: with what it does not like.
         """
 
-        def check() -> None:
-            response = get_session().post(
-                f"{self.endpoint}/api/validate-yaml",
-                json={"content": text, "repoType": "model"},
-                headers=self._headers(),
-            )
-            hf_raise_for_status(response)
-
-        try:
-            await self._call("checking README.md", check, repo_id=repo_id)
-        except errors.HubError as error:
-            if error.status == 400 or error.status not in _NO_SUCH_ROUTE:
-                raise
+        card = {"content": text, "repoType": "model"}
+        await self._call(
+            "checking README.md",
+            lambda: self._post(f"{self.endpoint}{dialect.VALIDATE}", card),
+            repo_id=repo_id,
+        )
 
     async def serves_xet(self, repo_id: str, revision: str, *, create_pr: bool) -> bool:
         """Say whether this Hub gives Xet upload tokens for the revision; False where it knows none.
@@ -189,11 +190,14 @@ class HubClient:
             errors.HubForbidden: the token may not write there: known before anything is uploaded.
         """
         where = "None?create_pr=1" if create_pr else quote(revision, safe="")
-        url = f"{self.endpoint}/api/models/{repo_id}/xet-write-token/{where}"
         try:
-            await self._call("asking for an upload token", lambda: self._get(url), repo_id=repo_id)
+            await self._call(
+                "asking for an upload token",
+                lambda: self._get(f"{self._url(repo_id, 'xet-write-token')}/{where}"),
+                repo_id=repo_id,
+            )
         except errors.HubError as error:
-            if error.status not in _NO_SUCH_ROUTE:
+            if error.status not in dialect.NO_SUCH_ROUTE | {400}:
                 raise
             return False
         return True
@@ -217,10 +221,11 @@ class HubClient:
             errors.HubError: the upload failed.
         """
         names = files[0].path_in_repo if len(files) == 1 else f"{len(files)} files"
+        preupload = transfer.preupload if files[0].content is None else streaming.preupload
 
         def send() -> list[ledger.Record]:
             with session.metered(meter):
-                return transfer.preupload(
+                return preupload(
                     self._api, files, repo_id=repo_id, revision=revision, create_pr=create_pr
                 )
 
@@ -258,67 +263,72 @@ class HubClient:
         )
         return info.oid
 
-    async def commits(self, repo_id: str, revision: str, *, limit: int) -> list[Commit]:
-        """Return the newest commits of a revision, newest first, `limit` at most."""
-        url = f"{self.endpoint}/api/models/{repo_id}/commits/{quote(revision, safe='')}"
-        return await self._call(
-            f"listing the commits of {revision}",
-            lambda: [
-                Commit(oid=item["id"], text=f"{item['title']}\n{item.get('message') or ''}")
-                for item in islice(paginate(url, params={}, headers=self._headers()), limit)
-            ],
-            repo_id=repo_id,
-        )
+    async def commits(
+        self, repo_id: str, revision: str, *, after: str | None = None
+    ) -> tuple[list[Commit], str | None]:
+        """Return commits of a revision, newest first, as many as the Hub tells at once.
+
+        With them comes what names the next ones (`after`), None where there are none.
+        """
+
+        def look() -> tuple[list[Commit], str | None]:
+            page = self._get(after or self._url(repo_id, "commits", revision))
+            return answers.commits(page.json()), answers.next_page(page)
+
+        return await self._call(f"listing the commits of {revision}", look, repo_id=repo_id)
 
     async def pull_requests(self, repo_id: str, *, limit: int) -> list[PullRequest]:
         """Return the pull requests as the Hub lists them, newest first, `limit` at most."""
-        return await self._call(
-            "listing pull requests",
-            lambda: [
-                PullRequest(num=pr.num, title=pr.title, author=pr.author, status=pr.status)
-                for pr in islice(
-                    self._api.get_repo_discussions(repo_id, discussion_type="pull_request"), limit
-                )
-            ],
-            repo_id=repo_id,
-        )
+
+        def look() -> list[PullRequest]:
+            found: list[PullRequest] = []
+            seen, page_number, more = 0, 0, True
+            while more and len(found) < limit:
+                link = f"{self._url(repo_id, 'discussions')}?type=pull_request&p={page_number}"
+                data = self._get(link).json()
+                page = data["discussions"]
+                found += answers.pull_requests(page)
+                seen, page_number = seen + len(page), page_number + 1
+                more = bool(page) and seen < data.get("count", seen + 1)
+            return found[:limit]
+
+        return await self._call("listing pull requests", look, repo_id=repo_id)
 
     async def pull_request(self, repo_id: str, num: int) -> PullRequest:
         """Return one pull request with its first comment."""
-        found = await self._call(
-            f"reading pull request #{num}",
-            lambda: self._api.get_discussion_details(repo_id, num),
-            repo_id=repo_id,
-        )
-        comments = [str(getattr(event, "content", "")) for event in found.events]
-        text = next((comment for comment in comments if comment), "")
-        return PullRequest(
-            num=found.num, title=found.title, author=found.author, status=found.status, text=text
-        )
+
+        def look() -> PullRequest:
+            link = self._url(repo_id, "discussions", str(num)) + "?diff=1"
+            return answers.pull_request(self._get(link).json())
+
+        return await self._call(f"reading pull request #{num}", look, repo_id=repo_id)
 
     async def create_pull_request(self, repo_id: str, *, title: str, description: str) -> int:
         """Make a draft pull request against main and return its number."""
-        made = await self._call(
+        wanted = {"title": title, "description": description, "pullRequest": True}
+        return await self._call(
             "creating a pull request",
-            lambda: self._api.create_pull_request(repo_id, title, description=description),
+            lambda: int(self._post(self._url(repo_id, "discussions"), wanted).json()["num"]),
             repo_id=repo_id,
         )
-        return made.num
 
     async def open_pull_request(self, repo_id: str, num: int) -> None:
         """Turn a draft into an open pull request."""
         await self._call(
             f"opening pull request #{num}",
-            lambda: self._api.change_discussion_status(repo_id, num, "open"),
+            lambda: self._post(
+                self._url(repo_id, "discussions", str(num), "status"), {"status": "open"}
+            ),
             repo_id=repo_id,
         )
 
     async def tags(self, repo_id: str) -> dict[str, str]:
         """Return the git tags of the repo and the commits they point to."""
-        refs = await self._call(
-            "listing tags", lambda: self._api.list_repo_refs(repo_id), repo_id=repo_id
+        return await self._call(
+            "listing tags",
+            lambda: answers.tags(self._get(self._url(repo_id, "refs")).json()),
+            repo_id=repo_id,
         )
-        return {tag.name: tag.target_commit for tag in refs.tags}
 
     async def create_tag(self, repo_id: str, tag: str, *, at: str) -> None:
         """Put a git tag on a commit. Raises errors.HubConflict when the name is taken."""
@@ -365,7 +375,18 @@ class HubClient:
     def _headers(self) -> dict[str, str]:
         return self._api._build_hf_headers()  # noqa: SLF001 - the one way to the caller's token
 
+    def _url(self, repo_id: str, *parts: str) -> str:
+        """Return the address of something of a repo; each part is one segment of it."""
+        validate_repo_id(repo_id)
+        segments = "".join(f"/{quote(part, safe='')}" for part in parts)
+        return f"{self.endpoint}/api/models/{repo_id}{segments}"
+
     def _get(self, url: str) -> Any:
         response = get_session().get(url, headers=self._headers())
+        hf_raise_for_status(response)
+        return response
+
+    def _post(self, url: str, value: Mapping[str, Any]) -> Any:
+        response = get_session().post(url, json=value, headers=self._headers())
         hf_raise_for_status(response)
         return response

@@ -19,6 +19,8 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 Value = str | tuple[str, ...]
 """What is written: a word or a sentence, or several."""
 
+MAX_DEPTH = 64
+"""Levels of mappings and lists; the results of tasks (model-index) take eight."""
 BROKEN: tuple[type[Exception], ...] = (
     YAMLError,
     ValueError,
@@ -42,7 +44,7 @@ def load(front: str) -> Any:
     Raises:
         BROKEN: it is not YAML.
     """
-    return YAML(typ="safe", pure=True).load(io.StringIO(front))
+    return _yaml().load(io.StringIO(front))
 
 
 def put(front: str, key: str, value: Value) -> str:
@@ -120,10 +122,17 @@ def replace(front: str, key: str, old: str, new: str | None) -> str:
     return _without_lines(front, start, end)
 
 
+def _yaml() -> YAML:
+    """Return a reader of plain values that stops where the nesting is nobody's metadata."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = MAX_DEPTH
+    return yaml
+
+
 def _pair(front: str, key: str) -> tuple[Node, Node] | None:
     """Return the nodes of a top-level key and its value, with their places in the text."""
     try:
-        root = YAML(typ="safe", pure=True).compose(io.StringIO(front))
+        root = _yaml().compose(io.StringIO(front))
     except BROKEN as exc:
         raise Uneditable("it is written in a way that cannot be edited") from exc
     if not isinstance(root, MappingNode):

@@ -10,23 +10,27 @@ new head (stale files and card read anew, foreign files kept); neither = wait an
 
 What others commit while the push runs stays, weights included: only those that were there before,
 and those of ckptd's own pushes, are stale.
+
+An earlier life's commit is looked for down to the first commit of the ref, however many others came
+on top of it: that costs a request for each page of the list, once a push.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptd import errors
 from ckptd.hub import attempts, ledger, push, translate
 from ckptd.hub.client import HubClient
+from ckptd.hub.facts import Commit
 
-SEARCHED_COMMITS = 200
-"""How far back an earlier life's commit is looked for."""
-COMPARED_COMMITS = 25
-"""Commits made during a push whose trees are compared, to tell whose weights are whose."""
+MOST_COMPARED = 50
+"""Trees that are compared to tell whose weights are whose; of more, all that is new is kept."""
 MOST_REBASES = 10
+"""Then others are faster: the job comes back later, with the reason."""
 MOST_RESENDS = 2
 """The first resend of collected uploads goes the usual way, the second one over LFS."""
 
@@ -69,18 +73,14 @@ class Lander:
     since: str | None = None
     """The head when the push began; None where that does not matter."""
 
-    async def find(
-        self, revision: str, *, limit: int = SEARCHED_COMMITS, parent: str | None = None
-    ) -> str | None:
+    async def find(self, revision: str, *, parent: str | None = None) -> str | None:
         """Return the commit on `revision` that carries our push id, looking no further than `parent`."""
-        commits = await self.attempts.run(
-            lambda: self.hub.commits(self.target.repo_id, revision, limit=limit)
-        )
-        for commit in commits:
-            if commit.oid == parent:
-                return None
-            if push.carries(commit.text, self.push_id):
-                return commit.oid
+        async with contextlib.aclosing(self._history(revision)) as history:
+            async for commit in history:
+                if commit.oid == parent:
+                    return None
+                if push.carries(commit.text, self.push_id):
+                    return commit.oid
         return None
 
     async def base(
@@ -193,24 +193,69 @@ class Lander:
             return None
         return await self.find(revision, parent=base.head)
 
+    async def _history(self, revision: str) -> AsyncGenerator[Commit, None]:
+        """Yield the commits of a ref, newest first; a page of the list is asked for when it is due."""
+        after: str | None = None
+        while True:
+            page, after = await self.attempts.run(
+                functools.partial(self.hub.commits, self.target.repo_id, revision, after=after)
+            )
+            for commit in page:
+                yield commit
+            if after is None:
+                return
+
     async def _of_others(self, revision: str, tree: Mapping[str, ledger.RemoteFile]) -> set[str]:
-        """Return the files of `tree` that others than ckptd have put there since the push began."""
-        repo_id = self.target.repo_id
-        listed = await self.attempts.run(
-            lambda: self.hub.commits(repo_id, revision, limit=COMPARED_COMMITS + 1)
-        )
-        oids = [commit.oid for commit in listed]
-        if self.since not in oids:
-            return set()  # the history was rewritten, or is too long to be told apart
+        """Return the files of `tree` that others than ckptd have put there since the push began.
+
+        Commits of others that follow each other are looked at as one, so that a storm of them costs
+        no more than a single one.
+        """
+        commits = await self._since(revision)
+        if commits is None:
+            return await self._new_in(tree)
+        last = len(commits) - 1
+        seams = [
+            at
+            for at in range(last + 1)
+            if at in (0, last)
+            or push.is_ours(commits[at].text)
+            or push.is_ours(commits[at + 1].text)
+        ]
+        if len(seams) > MOST_COMPARED:
+            return await self._new_in(tree)
         theirs: set[str] = set()
-        before: Mapping[str, ledger.RemoteFile] | None = None
-        for commit in reversed(listed[: oids.index(self.since) + 1]):
-            after = await self.attempts.run(functools.partial(self.hub.tree, repo_id, commit.oid))
-            if before is not None:
-                changed = {path for path, file in after.items() if before.get(path) != file}
-                theirs = theirs - changed if push.is_ours(commit.text) else theirs | changed
+        before: Mapping[str, ledger.RemoteFile] = await self._tree(commits[0].oid)
+        for at in seams[1:]:
+            after = await self._tree(commits[at].oid)
+            changed = _changed(before, after)
+            theirs = theirs - changed if push.is_ours(commits[at].text) else theirs | changed
             before = after
         return theirs.intersection(tree)
+
+    async def _since(self, revision: str) -> list[Commit] | None:
+        """Return the commits since the push began, with the one before them, oldest first.
+
+        None where the history was rewritten.
+        """
+        found: list[Commit] = []
+        async with contextlib.aclosing(self._history(revision)) as history:
+            async for commit in history:
+                found.append(commit)
+                if commit.oid == self.since:
+                    return found[::-1]
+        return None
+
+    async def _new_in(self, tree: Mapping[str, ledger.RemoteFile]) -> set[str]:
+        """Return what is in `tree` and was not there, or not so, when the push began."""
+        assert self.since is not None
+        try:
+            return _changed(await self._tree(self.since), tree)
+        except errors.HubNotFound:
+            return set()  # it went with the history: nobody can tell what is new
+
+    async def _tree(self, oid: str) -> Mapping[str, ledger.RemoteFile]:
+        return await self.attempts.run(functools.partial(self.hub.tree, self.target.repo_id, oid))
 
     def _tell_kept(self, paths: Sequence[str]) -> None:
         if paths:
@@ -233,6 +278,12 @@ class Lander:
 
     def _tell(self, happening: push.Happening, oid: str) -> None:
         self.attempts.report(push.HubEvent(happening=happening, commit=oid))
+
+
+def _changed(
+    before: Mapping[str, ledger.RemoteFile], after: Mapping[str, ledger.RemoteFile]
+) -> set[str]:
+    return {path for path, file in after.items() if before.get(path) != file}
 
 
 def _made_before(oid: str, records: Sequence[ledger.Record]) -> Landed:

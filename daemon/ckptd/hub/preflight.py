@@ -235,8 +235,8 @@ class Preflight:
         there = (await self._attempts.run(lambda: self._hub.tags(repo_id))).get(tag)
         if there is None:
             return None
-        (tagged,) = await self._attempts.run(lambda: self._hub.commits(repo_id, there, limit=1))
-        return None if push.carries(tagged.text, self._push_id) else there
+        tagged, _ = await self._attempts.run(lambda: self._hub.commits(repo_id, there))
+        return None if push.carries(tagged[0].text, self._push_id) else there
 
     async def check_tag_before_commit(self, unchanged_head: str | None) -> None:
         """Refuse to make a commit that could not get its tag.

@@ -92,11 +92,11 @@ class Publisher:
         ):
             self._sender.drop_xet("this Hub does not serve Xet")
 
-    async def upload(self, file: LocalFile) -> None:
-        """Send one finished file ahead of the commit; returns when the Hub has it.
+    async def upload(self, file: LocalFile) -> str | None:
+        """Send one finished file ahead of the commit; returns its sha256 when the Hub has it.
 
         Safe to call concurrently (the client's limiter decides how many are sent at once) and again
-        after a restart: what the Hub has is not sent twice. Small files wait for the commit.
+        after a restart: what the Hub has is not sent twice. Small files wait for the commit (None).
 
         Raises:
             errors.SourceChanged: the file was touched; nothing of it will be committed.
@@ -104,6 +104,8 @@ class Publisher:
         """
         if not _is_small(file) and file not in self._records:
             self._records[file] = await self._despite_absence(lambda: self._sender.send(file))
+        record = self._records.get(file)
+        return None if record is None else record.sha256
 
     async def commit(
         self, files: Sequence[LocalFile], *, card_section: str | None = None

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
+from ckptd import errors
 from ckptd.hub import card
 
 MAIN = "main"
@@ -45,15 +48,47 @@ class Target:
     """A git tag put on exactly the commit of this push."""
 
 
+class Content(Protocol):
+    """The bytes of a file that lies nowhere; the same ones whenever they are read."""
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why they could not be read, where that happened."""
+
+    def open(self) -> io.BufferedIOBase:
+        """Return the file at its beginning, for one reader, who closes it."""
+
+    def digest(self) -> str:
+        """Return the hex sha256 of all of it; read for that once. Blocks."""
+
+    def was_sent(self) -> bool:
+        """Say whether an earlier attempt has sent it; only once, for who asks again has lost it."""
+
+    def check(self) -> None:
+        """Raise SourceChanged where what it is made from has changed since it was planned."""
+
+
+class ContentFailed(errors.CkptdError):
+    """The bytes of a file could not be made while they were sent; the cause says why."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalFile:
-    """A durable file that nobody writes any more and that stays until the commit is confirmed."""
+    """A durable file that nobody writes any more and that stays until the commit is confirmed.
+
+    With `content` it is read from there instead, and nothing lies at `path`.
+    """
 
     path: Path
     path_in_repo: str
     nbytes: int
     sha256: str | None = None
     """Hex digest of the whole file where known: then nothing here reads the file to hash it."""
+    content: Content | None = None
+
+    def open(self) -> BinaryIO | io.BufferedIOBase:
+        """Return the file, open for reading."""
+        return self.path.open("rb") if self.content is None else self.content.open()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,8 +120,8 @@ class Sender:
 
 def _require_whole(file: LocalFile) -> None:
     """Raise SourceChanged unless the file on disk is what it is said to be. Reads it."""
-    with file.path.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    with file.open() as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
         nbytes = content.tell()
     if (nbytes, found) != (file.nbytes, file.sha256 or found):
         raise errors.SourceChanged(

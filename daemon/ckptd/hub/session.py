@@ -11,6 +11,8 @@ library reads its environment while it is imported, so these are its attributes,
   repeat the file. Even there a long wait asked for by the server surfaces.
 - Progress. Bytes handed to the socket by an upload (LFS) are counted into the `Meter` of the thread
   that runs it; for Xet its own reports are. They count as sent, not as confirmed.
+- Redirects. What writes keeps its method and its body, whichever redirect it is, for a GET in its
+  place would look like an upload that arrived; only a 303 to a POST says "done, look there".
 - Pace. `limit_uploads` caps what this process sends, all uploads together: our own requests while
   they are handed to the socket, those of hf_xet on their way through `xet_gate`.
 - Xet. hf_xet is used when installed; `disable_xet` sends this process' uploads over LFS. hf_xet
@@ -22,6 +24,7 @@ library reads its environment while it is imported, so these are its attributes,
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,10 +35,11 @@ from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import constants, set_client_factory, utils
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http, _runtime, _xet_progress_reporting
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 
-from ckptd.hub import pace, translate, xet_gate
+from ckptd.hub import dialect, pace, translate, xet_gate
 
 XET_DEFAULTS = {
     "HF_XET_DATA_MAX_CONCURRENT_FILE_INGESTION": "1",
@@ -46,9 +50,12 @@ XET_DEFAULTS = {
 """The last one: half a minute of tries that nobody sees in place of four, for LFS is there. The
 others: measured on 750 MB of bfloat16 over loopback, two cores: 300 MB of memory in place of 540 MB with
 hf_xet's own values, and no slower. Long fat links want more uploads at once."""
-_BATCH = ".git/info/lfs/objects/batch"
 _BUSY = b"Cannot create repo: another conflicting operation is in progress"
 _WITH_BODY = frozenset({"POST", "PUT"})
+_WRITES = _WITH_BODY | {"DELETE"}
+_SEE_OTHER = 303
+_REWIND = "ckptd.rewind"
+"""The extension of a request that puts its body back to where it began."""
 LONGEST_INNER_WAIT_S = 10.0
 """A storage answer that asks for more than this is handed to ckptd's own backoff."""
 
@@ -167,6 +174,9 @@ class _Session(httpx2.Client):
         data = options.get("data")
         if data is not None and not isinstance(data, Mapping):
             options["content"] = options.pop("data")
+            if hasattr(data, "seek"):
+                rewind = functools.partial(data.seek, data.tell())
+                options["extensions"] = {**(options.get("extensions") or {}), _REWIND: rewind}
         return super().request(method, url, **options)
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
@@ -176,7 +186,8 @@ class _Session(httpx2.Client):
             request.extensions.get("timeout", {})["read"] = (self.limits or Timeouts()).work_s
         meter = _METER.get() if stores else None
         if isinstance(request.stream, httpx2.SyncByteStream) and request.method in _WITH_BODY:
-            request.stream = _Counted(request.stream, meter or (lambda _: None))
+            rewind = request.extensions.get(_REWIND, lambda: None)
+            request.stream = _Counted(request.stream, meter or (lambda _: None), rewind)
         try:
             response = super().send(request, **options)
         except httpx2.TransportError as exc:
@@ -188,9 +199,22 @@ class _Session(httpx2.Client):
         if _surfaces(response, stores=stores):
             response.read()
             _http.hf_raise_for_status(response)
-        if request.method == "POST" and request.url.path.endswith(_BATCH):
+        if request.method in _WRITES and 300 <= response.status_code < 400:
+            response.read()
+            raise HfHubHTTPError("a redirect that leads nowhere", response=response)
+        if request.method != "POST":
+            return response
+        if request.url.path.endswith(dialect.BATCH):
             _raise_for_objects(response)
-        return response
+        return dialect.usual(request, response)
+
+    def _redirect_method(self, request: httpx2.Request, response: httpx2.Response) -> str:
+        """Return the method with which a redirect is followed; where it stays, so does the body."""
+        if request.method in _WRITES and (
+            request.method == "PUT" or response.status_code != _SEE_OTHER
+        ):
+            return request.method
+        return super()._redirect_method(request, response)
 
 
 def _works_long(request: httpx2.Request) -> bool:
@@ -242,14 +266,25 @@ def _named(response: httpx2.Response) -> dict[str, str]:
 class _Counted(httpx2.SyncByteStream):
     """A request body at this process' pace.
 
-    It tells a meter what was taken from it, and takes that back when it is sent again.
+    It tells a meter what was taken from it, and takes that back when it is sent again: a redirect
+    asks for the body of its request once more, which then begins where it had begun.
     """
 
-    def __init__(self, stream: httpx2.SyncByteStream, meter: Meter) -> None:
+    def __init__(
+        self, stream: httpx2.SyncByteStream, meter: Meter, rewind: Callable[[], object]
+    ) -> None:
         self._stream = stream
         self._meter = meter
+        self._rewind = rewind
+        self._num_begun = 0
+        self._counted = 0
 
     def __iter__(self) -> Iterator[bytes]:
+        if self._num_begun:
+            self._meter(-self._counted)
+            self._counted = 0
+            self._rewind()
+        self._num_begun += 1
         sent = 0
         whole = False
         try:
@@ -258,6 +293,7 @@ class _Counted(httpx2.SyncByteStream):
                 self._meter(len(chunk))
                 yield chunk
             whole = True
+            self._counted = sent
         finally:
             if not whole:
                 self._meter(-sent)

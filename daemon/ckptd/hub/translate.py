@@ -5,8 +5,9 @@ The client raises three families: `HfHubHTTPError` and its children (an answer w
 a bare RuntimeError whose `__cause__` is the real one. Each becomes the member of `HubError` that
 says whose fault it is and whether a second try can help.
 
-Statuses decide, never texts, with two exceptions that the Hub offers no code for: the refusal of a
-commit whose uploaded files it no longer has (`is_lost_upload`), and a 403 that means a quota.
+Statuses decide, never texts, with three exceptions that nobody offers a code for: the refusal of a
+commit whose uploaded files the Hub no longer has (`is_lost_upload`), a 403 that means a quota, and
+the library's ValueErrors about an answer, which are the Hub's fault where others are ours.
 Messages are built from what the server said, never from the client's own text: that one carries
 signed storage URLs.
 """
@@ -46,6 +47,9 @@ _QUOTA = re.compile(
 _LOST = re.compile(
     r"LFS pointer|LFS object|(missing|unknown|no such) (lfs )?(object|file)|file that does not exist",
     re.IGNORECASE,
+)
+_FORM = re.compile(
+    r"malformed|improperly formatted|invalid server response|invalid etag", re.IGNORECASE
 )
 _VERIFY = re.compile(r"/(lfs-)?verify$")
 _SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+")
@@ -184,7 +188,9 @@ def _translate(exc: BaseException, what: str, repo_id: str | None) -> errors.Hub
         return errors.HubUnavailable(text, repo_id=repo_id, hint="a new try fetches a new one")
     if isinstance(real, (ConnectionError, TimeoutError, RuntimeError)):
         return _unreachable(real, what, repo_id)
-    if isinstance(real, (LookupError, TypeError, AttributeError)):
+    if isinstance(real, (LookupError, TypeError, AttributeError)) or (
+        isinstance(real, ValueError) and _FORM.search(str(real))
+    ):
         text = f"{what}: an answer of another form ({type(real).__name__}: {_clean(str(real))})"
         hint = "is HF_ENDPOINT a Hub that huggingface_hub can speak to?"
         return errors.HubUnavailable(text, repo_id=repo_id, hint=hint)
@@ -226,7 +232,9 @@ def _kind(status: int, *, stored: bool) -> tuple[type[errors.HubError], str]:
         return errors.HubFull, _FULL_HINT
     if status in TRANSIENT or status >= 500:
         return errors.HubUnavailable, "temporary: run it again later (the daemon does so by itself)"
-    if stored and status in (401, 403, 404, 410):
+    if status < 400:
+        return errors.HubUnavailable, "is HF_ENDPOINT a Hub? it redirects to nowhere"
+    if stored and status in (401, 403, 404, 405, 410):
         return errors.HubUnavailable, "the upload link has expired; a new try gets a fresh one"
     if stored:
         return errors.HubRejected, "the bytes that arrived are not those that were announced"

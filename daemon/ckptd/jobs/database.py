@@ -42,9 +42,14 @@ WHERE state = 'queued'
 ORDER BY seq LIMIT :looks
 """
 _OF_CHECKPOINT = (
-    "AND (? IS NULL OR json_extract(spec, '$.run') = ?) "
-    "AND (? IS NULL OR json_extract(spec, '$.step') = ?)"
+    "AND (:target IS NULL OR target = :target) "
+    "AND (:run_path IS NULL OR substr(source_path, 1, length(:run_path) + 1) = :run_path || '/') "
+    "AND (:run IS NULL OR json_extract(spec, '$.run') = :run) "
+    "AND (:step IS NULL OR json_extract(spec, '$.step') = :step) "
+    "AND (:after_step IS NULL OR json_extract(spec, '$.step') > :after_step)"
 )
+LAST_CHARACTER = "\U0010ffff"
+"""Behind every text that begins with another one, as SQLite sorts."""
 MOST_LOOKS = 64
 """Jobs that are asked whether they may begin before a slot rather waits."""
 
@@ -182,14 +187,21 @@ class Database:
         *,
         states: Collection[State] | None = None,
         limit: int | None = None,
+        target: str | None = None,
+        run_path: Path | None = None,
         run: str | None = None,
         step: int | None = None,
+        after_step: int | None = None,
     ) -> Sequence[Job]:
-        """See `JobStore.list`; `run` and `step` leave the jobs of others out."""
-        wanted = [state.value for state in (State if states is None else states)]
-        marks = ",".join("?" * len(wanted))
-        query = f"SELECT * FROM jobs WHERE state IN ({marks}) {_OF_CHECKPOINT} ORDER BY seq DESC LIMIT ?"  # noqa: S608 - only marks and our own text are put in; values are bound
-        bound = (*wanted, run, run, step, step, -1 if limit is None else limit)
+        """See `JobStore.list`; `run` (its name) and `step` leave the jobs of others out."""
+        wanted = {f"s{n}": s.value for n, s in enumerate(State if states is None else states)}
+        marks = ",".join(f":{name}" for name in wanted)
+        query = f"SELECT * FROM jobs WHERE state IN ({marks}) {_OF_CHECKPOINT} ORDER BY seq DESC LIMIT :limit"  # noqa: S608 - only marks and our own text are put in; values are bound
+        bound: dict[str, str | int | None] = {
+            **wanted, "target": target, "run": run, "step": step, "after_step": after_step,
+            "run_path": None if run_path is None else str(run_path),
+            "limit": -1 if limit is None else limit,
+        }  # fmt: skip
         with _translated(self._path):
             found = self._connection.execute(query, bound)
             return [rows.job(row) for row in reversed(found.fetchall())]
@@ -300,9 +312,10 @@ class Database:
         return [JobSpec.from_json(spec) for [spec] in found.fetchall()]
 
     def _find(self, job_id: str) -> Job:
+        # A range, not a prefix: that is found by the index, among all jobs that ever were.
         found = self._connection.execute(
-            "SELECT * FROM jobs WHERE substr(job_id, 1, ?) = ? ORDER BY job_id != ? LIMIT 2",
-            (len(job_id), job_id, job_id),
+            "SELECT * FROM jobs WHERE job_id >= ? AND job_id < ? ORDER BY job_id LIMIT 2",
+            (job_id, f"{job_id}{LAST_CHARACTER}"),
         ).fetchall()
         if not found or not job_id:
             raise errors.UsageError(f"no job {job_id!r}", hint="ckptd jobs ls shows all")

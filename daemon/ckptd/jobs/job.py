@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ckptd import errors
+from ckptd.checkpoint.signs.file_set import FileSet
 from ckptd.jobs import failing
 from ckptd.jobs.failing import Failure, RetryLimits
 
@@ -116,6 +117,10 @@ class JobSpec:
     """Digest of that folder's content, or the commit; `content_digest` covers it."""
     base_fingerprint: str | None = None
     """The state of that folder's files when the digest was taken."""
+    doubts: tuple[str, ...] = ()
+    """What spoke against its being whole, and was waited out: it was taken all the same."""
+    file_set: FileSet | None = None
+    """What the checkpoint had: the next one of its run is compared with that."""
     created_at: float
 
     @property

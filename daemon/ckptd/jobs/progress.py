@@ -42,6 +42,8 @@ class Start:
     num_threads: int
     cache: Cache = Cache.DIRECT
     """How files are written."""
+    staging: Literal["disk", "none"] = "disk"
+    """Where weights lie until the commit, if the definition does not say."""
     endpoint: str | None = None
     upload_limit: int | None = None
     """Most bytes a second that this runner may send."""

@@ -117,10 +117,19 @@ class SqliteStore:
         return await self._run(Database.get, job_id)
 
     async def list(
-        self, *, states: Collection[State] | None = None, limit: int | None = None
+        self,
+        *,
+        states: Collection[State] | None = None,
+        limit: int | None = None,
+        target: str | None = None,
+        run_path: Path | None = None,
+        after_step: int | None = None,
     ) -> Sequence[Job]:
         """See `JobStore.list`."""
-        return await self._run(Database.list, states=states, limit=limit)
+        return await self._run(
+            Database.list,
+            states=states, limit=limit, target=target, run_path=run_path, after_step=after_step,
+        )  # fmt: skip
 
     async def counts(self) -> dict[State, int]:
         """See `JobStore.counts`."""

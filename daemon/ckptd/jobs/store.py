@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ckptd.jobs.failing import Failure, RetryLimits
@@ -175,9 +176,19 @@ class JobStore(Protocol):
         """
 
     async def list(
-        self, *, states: Collection[State] | None = None, limit: int | None = None
+        self,
+        *,
+        states: Collection[State] | None = None,
+        limit: int | None = None,
+        target: str | None = None,
+        run_path: Path | None = None,
+        after_step: int | None = None,
     ) -> Sequence[Job]:
-        """Return jobs in order of arrival, newest last; the newest `limit` of them."""
+        """Return jobs in order of arrival, newest last; the newest `limit` of them.
+
+        `target` and `run_path` (the folder that checkpoints lie in) leave those of others out,
+        `after_step` those of this step or an earlier one and those without a step.
+        """
 
     async def counts(self) -> dict[State, int]:
         """Return how many jobs are in each state that has any."""

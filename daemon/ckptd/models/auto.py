@@ -266,6 +266,26 @@ class AutoModelForImageClassification(_AutoModelClass):
     """The model with one label an image."""
 
 
+class AutoModelForMaskedImageModeling(_AutoModelClass):
+    """The model that predicts masked patches."""
+
+
+class AutoModelForMultipleChoice(_AutoModelClass):
+    """The model that picks one of several continuations."""
+
+
+class AutoModelForNextSentencePrediction(_AutoModelClass):
+    """The model that says whether the second sentence follows."""
+
+
+class AutoModelForPreTraining(_AutoModelClass):
+    """The model with the heads it was first trained with."""
+
+
+class AutoModelForTextEncoding(_AutoModelClass):
+    """The model that only reads: the encoder of an encoder-decoder."""
+
+
 class AnyModel(_AutoModelClass):
     """The model of the class that config.json names, what `PreTrainedModel` itself loads.
 

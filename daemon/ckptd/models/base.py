@@ -45,7 +45,8 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
     config_class: ClassVar[type[PreTrainedConfig] | None] = None
     base_model_prefix = ""
     main_input_name: ClassVar[str] = "input_ids"
-    can_record_outputs: ClassVar[dict[str, Any]] = {}
+    can_record_outputs = lookups.Recordable()
+    _can_record_outputs: ClassVar[dict[str, Any] | None] = None
 
     _tied_weights_keys: ClassVar[dict[str, str] | None] = None
     """`{target: source}`: parameters, modules or patterns."""

@@ -31,6 +31,19 @@ _ENCODERS: dict[str | None, tuple[str, ...]] = {
 _DECODERS = ("language_model", "text_model", "decoder", "text_decoder")
 
 
+class Recordable:
+    """What a forward can record: output names and the modules they come from.
+
+    Read on a class or an object, it is the class's `_can_record_outputs`, the name under which code
+    for transformers declares it; a class may also override it with a dictionary, as the page says.
+    """
+
+    def __get__(self, model: object, owner: type) -> dict[str, Any]:
+        """Return the dictionary, empty where the class declares nothing."""
+        found: dict[str, Any] | None = getattr(owner, "_can_record_outputs", None)
+        return dict(found or {})
+
+
 class LookupsMixin(_Module):
     """Embeddings, head, encoder and decoder of a model."""
 

@@ -1,7 +1,8 @@
 """Resizing the vocabulary of a module in memory: embedding, head, biases and configuration.
 
 The rows that are kept are bit-identical; new ones follow the documented distributions, by the same
-functions as the pipeline's stage `resize` (`plan.grown`). Differences from the original that are
+functions as the pipeline's stage `resize` (`plan.grown`); without mean resizing a class of a user's
+own draws them by its `_init_weights`. Differences from the original that are
 meant: no float32 copy of the matrix and no covariance are made, a buffer added to the logits grows
 with them, and `out_features` is always right.
 """
@@ -9,6 +10,8 @@ with them, and `out_features` is always right.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,6 +24,38 @@ if TYPE_CHECKING:
     from ckptd.models.base import PreTrainedModel
 
 _LOGITS_BIAS = "final_logits_bias"
+_OWN_RULES = "ckptd.models."
+"""The `_init_weights` of this package draw each row of a vocabulary from N(0, std) alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawing:
+    """Where new rows come from: around the mean of the old ones, else from N(0, std).
+
+    `rule` is the `_init_weights` of a user's class, which then takes the place of the latter.
+    """
+
+    mean: bool
+    std: float
+    rule: Callable[[nn.Module], None] | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, mean: bool) -> _Drawing:
+        """Return how new rows of `model` are drawn."""
+        std = initializing.standard_deviation(model.config)
+        is_own = model._init_weights.__module__.startswith(_OWN_RULES)
+        return cls(mean=mean, std=std, rule=None if mean or is_own else model._init_weights)
+
+    def fresh(self, made: type[nn.Module], size: tuple[int, int], **like: Any) -> Any:
+        """Return a module of this size whose values the rule has drawn; None without a rule.
+
+        It has all rows, not only the new ones, for a rule may look at the shape.
+        """
+        if self.rule is None or like["device"].type == "meta":
+            return None
+        module = made(*size, **like)
+        self.rule(module)
+        return module
 
 
 def resize(
@@ -48,11 +83,11 @@ def resize(
     num_rows = wanted_rows(len(embedding.weight), new_num_tokens, pad_to_multiple_of)
     head = model.get_output_embeddings()
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
-    std = initializing.standard_deviation(model.config)
+    drawing = _Drawing.of(model, mean=mean_resizing)
     if num_rows != len(embedding.weight):
-        _resize_embedding(embedding, num_rows, mean=mean_resizing, std=std)
+        _resize_embedding(embedding, num_rows, drawing)
     if head is not None and not tied:
-        _resize_head(head, num_rows, mean=mean_resizing, std=std)
+        _resize_head(head, num_rows, drawing)
         model.set_output_embeddings(head)  # some classes keep the head's bias in a second place
     elif head is not None:
         _follow(head, embedding)
@@ -135,10 +170,18 @@ def replace(parameter: torch.Tensor, value: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _resize_embedding(embedding: nn.Embedding, rows: int, *, mean: bool, std: float) -> None:
-    weight = grown_rows(embedding.weight, rows, mean=mean, std=std)
+def _resize_embedding(embedding: nn.Embedding, rows: int, drawing: _Drawing) -> None:
+    old = embedding.weight
+    fresh = None
+    if rows > len(old):
+        size = (rows, old.shape[1])
+        fresh = drawing.fresh(nn.Embedding, size, device=old.device, dtype=old.dtype)
+    if fresh is None:
+        weight = grown_rows(old, rows, mean=drawing.mean, std=drawing.std)
+    else:
+        weight = _with_old_rows(fresh.weight, old)
     padding = embedding.padding_idx
-    if padding is not None and not mean and len(embedding.weight) <= padding < rows:
+    if padding is not None and not drawing.mean and len(old) <= padding < rows:
         weight[padding] = 0
     replace(embedding.weight, weight)
     embedding.num_embeddings = rows
@@ -146,17 +189,32 @@ def _resize_embedding(embedding: nn.Embedding, rows: int, *, mean: bool, std: fl
         embedding.padding_idx = None
 
 
-def _resize_head(head: nn.Module, rows: int, *, mean: bool, std: float) -> None:
+def _resize_head(head: nn.Module, rows: int, drawing: _Drawing) -> None:
     if isinstance(head, nn.Embedding):
-        _resize_embedding(head, rows, mean=mean, std=std)
+        _resize_embedding(head, rows, drawing)
         return
     if not isinstance(head, nn.Linear):
         raise TypeError(f"the head is a {type(head).__name__}; only an nn.Linear can be resized")
-    if len(head.weight) != rows:
-        replace(head.weight, grown_rows(head.weight, rows, mean=mean, std=std))
+    weight, bias, fresh = head.weight, head.bias, None
+    if rows > len(weight):
+        like = {"bias": bias is not None, "device": weight.device, "dtype": weight.dtype}
+        fresh = drawing.fresh(nn.Linear, (weight.shape[1], rows), **like)
+    if fresh is not None:
+        replace(weight, _with_old_rows(fresh.weight, weight))
+        if bias is not None:
+            replace(bias, _with_old_rows(fresh.bias, bias))
+    elif len(weight) != rows:
+        replace(weight, grown_rows(weight, rows, mean=drawing.mean, std=drawing.std))
     head.out_features = rows
-    if head.bias is not None and len(head.bias) != rows:
-        replace(head.bias, grown_bias(head.bias, rows, mean=mean))
+    if bias is not None and len(bias) != rows:
+        replace(bias, grown_bias(bias, rows, mean=drawing.mean))
+
+
+def _with_old_rows(fresh: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Return the memory of `fresh`, whose first rows are now those of `old`."""
+    data = fresh.detach()
+    data[: len(old)] = old.detach()
+    return data
 
 
 def _follow(head: nn.Module, embedding: nn.Embedding) -> None:

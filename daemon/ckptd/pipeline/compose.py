@@ -203,7 +203,7 @@ def _same_run(left: Expression, right: Expression, check: Callable[[], None]) ->
 
 
 def _same_change(left: Changed, right: Changed, check: Callable[[], None]) -> bool:
-    hows = ((one.change, one.width, one.scale, one.first) for one in (left, right))
+    hows = ((one.change, one.width, one.scale, one.first, one.numbers) for one in (left, right))
     sizes = ((len(one.by_row), len(one.whole)) for one in (left, right))
     if len({*hows}) > 1 or len({*sizes}) > 1:
         return False

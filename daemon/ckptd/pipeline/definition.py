@@ -37,6 +37,7 @@ from ckptd.checkpoint import layouts
 from ckptd.pipeline import complaints, locate, names, placeholders, registry
 from ckptd.pipeline.complaints import StageKind
 from ckptd.pipeline.stage import Seconds
+from ckptd.pipeline.staged import Staging
 from ckptd.pipeline.take import Take
 
 MAIN = "main"
@@ -279,6 +280,9 @@ class Definition(_Strict):
     """What is done to the weights, in this order."""
     push: Push | None = None
     """Where the result is published; null or absent: nowhere (`ckptd run -o DIR` keeps it)."""
+    staging: Staging = None
+    """Where weights lie until the commit: `disk`, or `none`: each file is made while it is sent, and
+    needs no room. Goes with `push`, without `verify` and `-o`. null: as the setting `staging` says."""
 
     @field_validator("pipeline")
     @classmethod

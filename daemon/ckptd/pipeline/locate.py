@@ -13,11 +13,12 @@ import difflib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, StringMark, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
@@ -25,6 +26,10 @@ from ckptd import errors
 
 MAX_BYTES = 1 << 20
 """A definition larger than this is something else."""
+MAX_DEPTH = 32
+"""Levels of mappings and lists; a definition has five."""
+MAX_VALUES = 5000
+"""Keys and values; a definition that names each tensor of a model has some hundreds."""
 
 Loc = tuple[int | str, ...]
 """A place as pydantic names it: keys and list positions from the outside in."""
@@ -105,19 +110,21 @@ def parse(text: str, path: Path | str) -> Document:
 
     Raises:
         DefinitionError: not YAML, not one mapping, or with duplicate keys, keys that are not text,
-            aliases or tags; all of these at once, but for what makes the text unreadable.
+            aliases or tags; all of these at once, but for what makes the text unreadable, or deeper
+            or longer than any definition is (`MAX_DEPTH`, `MAX_VALUES`).
     """
     yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Bounded
     try:
         node = yaml.compose(text)
+    except _Excess as exc:
+        raise _syntax_error(path, exc.problem, mark=exc.problem_mark) from exc
     except MarkedYAMLError as exc:
         mark = exc.problem_mark or exc.context_mark
         what = " ".join(part for part in (exc.context, exc.problem) if part)
         raise _syntax_error(path, f"not YAML: {what}", mark=mark) from exc
     except YAMLError as exc:
         raise _syntax_error(path, f"not YAML: {str(exc).splitlines()[0]}") from exc
-    except RecursionError as exc:
-        raise _syntax_error(path, "nested too deeply") from exc
     except (ValueError, LookupError) as exc:  # ruamel's own, for `%YAML 9.9`
         raise _syntax_error(path, f"not YAML: {exc}") from exc
     if not isinstance(node, MappingNode):
@@ -187,6 +194,30 @@ def field_name(loc: Loc) -> str:
     for part in loc:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
+
+
+class _Excess(MarkedYAMLError):
+    """The text is YAML, but too much of it; tells where."""
+
+
+class _Bounded(Composer):
+    """Composes nodes up to a depth and a number, so that what lies beyond costs nothing."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        self._num_nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node with everything in it."""
+        self._num_nodes += 1
+        if self.depth >= MAX_DEPTH:
+            self._refuse(f"nested more than {MAX_DEPTH} levels deep")
+        if self._num_nodes > MAX_VALUES:
+            self._refuse(f"more than {MAX_VALUES} keys and values: not a definition")
+        return super().compose_node(parent, index)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise _Excess(problem=what, problem_mark=self.parser.peek_event().start_mark)
 
 
 class _Reading:

@@ -51,9 +51,11 @@ def _split(setting: str) -> tuple[str, str, Any]:
     name, dot, option = place.strip().partition(".")
     if not equals or not dot or not option:
         raise errors.UsageError(f"--set {setting}: write stage.option=value")
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = locate.MAX_DEPTH
     try:
-        return name, option, YAML(typ="safe", pure=True).load(text)
-    except YAMLError as exc:
+        return name, option, yaml.load(text)
+    except (YAMLError, ValueError, LookupError) as exc:  # the others: `2024-02-31`, `!!int x`
         raise errors.UsageError(
             f"--set {setting}: the value cannot be read",
             hint="values are YAML: patterns are quoted, and a list of them is "

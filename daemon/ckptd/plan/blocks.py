@@ -7,7 +7,7 @@ together, so that tens of thousands of small tensors do not cost a round trip ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
@@ -30,6 +30,8 @@ _MERGED_BLOCK_BYTES = 2 << 20
 after each block, and page faults cost more than the mathematics."""
 _DECODE_WORKSPACE_BYTES = 8 << 20
 """What a kernel takes besides its sources and its result, at most."""
+_SMALL_RUN_BYTES = 1 << 20
+"""A shorter run between computed segments goes through the same pipeline as they do."""
 _ELEMENTS_UNIT = 64
 """Elements per block are a multiple of this: whole bytes in any dtype."""
 
@@ -83,6 +85,22 @@ def batches(segments: Iterable[Segment]) -> Iterator[list[Block]]:
             size += wider
     if batch:
         yield batch
+
+
+def groups(segments: Sequence[Segment]) -> Iterator[tuple[bool, list[Segment]]]:
+    """Yield neighbouring segments that go the same way: copied (False) or computed (True)."""
+    group: list[Segment] = []
+    computed = False
+    for segment in segments:
+        small = isinstance(segment, Run) and segment.nbytes < _SMALL_RUN_BYTES
+        kind = isinstance(segment, Computed) or (small and computed)
+        if group and kind is not computed:
+            yield computed, group
+            group = []
+        group.append(segment)
+        computed = kind
+    if group:
+        yield computed, group
 
 
 def _blocks(segment: Segment) -> Iterator[Block]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ckptd.checkpoint import dtypes
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.header import StoredTensor
 from ckptd.plan import expression
 from ckptd.plan.nodes import Decode, Expression
 from ckptd.quant import configuration
@@ -49,11 +50,11 @@ def most_common_dtype(found: Found) -> Dtype:
 
 def arranged(
     names: Iterable[str], found: Found, *, taken: Sequence[Group], kept: Sequence[Group] = ()
-) -> Iterator[tuple[str, str, Group | None]]:
+) -> Iterator[tuple[str, str, Group | StoredTensor | None]]:
     """Yield what stands in the place of the stored tensors `names` once `taken` are decoded.
 
-    Each is (stored name, plain name, the group that is decoded, if any), in the order of `names`; a
-    weight stands where its first tensor stood, and a tensor of experts may be many weights. What
+    Each is (stored name, plain name, the group that is decoded or the piece of the stored tensor, or
+    None where it is the stored tensor), in the order of `names`; a weight stands where its first tensor stood, and a tensor of experts may be many weights. What
     only quantized inference needs goes, but for the modules of the groups that are `kept`. A plain
     name may come twice: refusing is the caller's.
     """
@@ -64,10 +65,12 @@ def arranged(
     still = {name for group in kept for name in group.consumed}
     modules = {_module(name) for name in still}
     gone = {n for n in found.dropped if n not in still and _module(n) not in modules}
-    renamed = dict(found.renamed)
+    renamed, divided = dict(found.renamed), dict(found.divided)
     made: set[str] = set()
     for name in names:
-        if name not in makes and name not in gone:
+        for piece in divided.get(name, ()):
+            yield name, piece.spec.name, piece
+        if name not in makes and name not in gone and name not in divided:
             yield name, renamed.get(name, name), None
         for group in makes.get(name, ()):
             if name not in gone and group.name not in made:

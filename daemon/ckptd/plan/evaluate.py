@@ -238,7 +238,10 @@ class Evaluator:
         by_row = [self._value(one, loaded, tensor).to(torch.float32) for one in value.by_row]
         whole = [self._value(one, loaded, tensor).to(torch.float32) for one in value.whole]
         rows = base.view(-1, value.width)
-        changed.apply(rows, value.change, by_row, whole, scale=value.scale, first=value.first)
+        changed.apply(
+            rows, value.change, by_row, whole,
+            scale=value.scale, first=value.first, numbers=value.numbers,
+        )  # fmt: skip
         out = torch.empty_like(base, dtype=_torch_dtype(value.dtype))
         _cast_into(out, base, value.dtype, tensor)
         return out

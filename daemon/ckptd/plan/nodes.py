@@ -245,7 +245,27 @@ class Change(enum.StrEnum):
     ROTATION = "rotation"
     """Each stretch of columns is rotated: `whole` is `(stretches, size * (size - 1) / 2)`, what stands
     above the diagonal of skew matrices Q; a rotation is (1 - Q) / (1 + Q), or with a `scale` above
-    0 the first so many terms of its series. One row is for all stretches."""
+    0 the first so many terms of its series. One row is for all stretches. A `number` bounds the
+    length of each Q."""
+    HADAMARD_KERNEL = "hadamard kernel"
+    """As `HADAMARD`, of two products of three: `(rows, rank)`, of `by_row`, a core `(rank, rank, kernel)`
+    and `(rank, columns / kernel)`, in `whole` one product after the other."""
+    KRONECKER_KERNEL = "kronecker kernel"
+    """As `KRONECKER`, where the second matrix is a core `(rank, rank, kernel)` times `(rank, rows)` and
+    `(rank, columns / kernel)`; before them in `whole` the first matrix, or the two it is the product of."""
+    BUTTERFLY = "butterfly"
+    """Columns are rotated in blocks, once for each of `(turns, blocks, size, size)`, each time mixed
+    in another way; then each row times its number, of `by_row`."""
+    FOURIER = "fourier"
+    """`scale` times the real part of an inverse Fourier transform is added, of the numbers in `whole`;
+    `numbers` are the seed of their places, the rows of the spectrum, its columns, and whether the
+    weight is turned."""
+    CIRCULANT = "circulant"
+    """`scale` times a matrix of blocks is added, each made of one row of `(down, across, size)`, moved
+    along by one from row to row."""
+    REFLECTION = "reflection"
+    """Each row is reflected at the planes across the columns of `whole`, one after the other, or with
+    a `scale` of 1 at all of them together, made perpendicular to each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +274,7 @@ class Changed:
 
     `base` is a matrix with `width` columns, with any axes of length 1 before it; one of more axes
     counts as its first axis times the others. It is row `first` and those after it of the whole.
+    `numbers` are what a change needs besides tensors.
     """
 
     base: Expression
@@ -264,6 +285,7 @@ class Changed:
     scale: float
     dtype: Dtype
     first: int = 0
+    numbers: tuple[float, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -57,6 +57,10 @@ class Sources:
                 self._fds[path] = self._open(path)
             return self._fds[path]
 
+    def stamp(self, path: Path) -> FileStamp:
+        """Return what planning saw of the source at `path`."""
+        return self._stamps[path]
+
     def read_into(self, buffer: memoryview, extent: Extent) -> None:
         """Fill `buffer`, of the extent's length, with the extent's bytes.
 

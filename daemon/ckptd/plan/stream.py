@@ -36,8 +36,6 @@ from ckptd.plan.transfer import Hash, Lane
 
 LANE_BYTES = 256 << 20
 """A file without sha256 is divided into lanes of about this size."""
-_SMALL_RUN_BYTES = 1 << 20
-"""A shorter run between computed segments goes through the same pipeline as they do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +212,7 @@ class Stream:
             if not shard.is_open:
                 await self._in_thread(self._open, shard)
                 shard.is_open = True
-        for computed, segments in _groups(work.segments):
+        for computed, segments in blocks.groups(work.segments):
             if computed:
                 await self._compute(shard, segments)
             else:
@@ -352,19 +350,3 @@ def _cut(segment: Segment, lane_bytes: int) -> Iterator[Segment]:
         size = min(lane_bytes, segment.nbytes - start)
         part = type(source)(source.path, source.offset + start, size)
         yield Run(part, segment.offset + start)
-
-
-def _groups(segments: Sequence[Segment]) -> Iterator[tuple[bool, list[Segment]]]:
-    """Yield neighbouring segments that go the same way: copied (False) or computed (True)."""
-    group: list[Segment] = []
-    computed = False
-    for segment in segments:
-        small = isinstance(segment, Run) and segment.nbytes < _SMALL_RUN_BYTES
-        kind = isinstance(segment, Computed) or (small and computed)
-        if group and kind is not computed:
-            yield computed, group
-            group = []
-        group.append(segment)
-        computed = kind
-    if group:
-        yield computed, group

@@ -62,11 +62,13 @@ class Found:
     """All groups of a checkpoint; `dropped` are tensors that only quantized inference needs.
 
     `renamed` gives tensors that stay as they are their plain name, where the format changed it.
+    `divided` are plain tensors that hold several (experts): each piece with its plain name.
     """
 
     groups: tuple[Group, ...]
     dropped: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    divided: tuple[tuple[str, tuple[StoredTensor, ...]], ...] = ()
 
 
 class Format(Protocol):

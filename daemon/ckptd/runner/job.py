@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
 from anyio import from_thread, to_thread
 
 from ckptd.aio.backoff import Backoff
-from ckptd.aio.budget import ByteBudget
 from ckptd.checkpoint import checkpoint, content, listing, whole
 from ckptd.checkpoint.checkpoint import Checkpoint
 from ckptd.checkpoint.writer import Cache
@@ -31,15 +30,16 @@ from ckptd.pipeline import bases, compose, definition, origins
 from ckptd.pipeline.definition import Definition
 from ckptd.pipeline.stage import Base
 from ckptd.plan.plan import Plan
-from ckptd.plan.sources import Sources
-from ckptd.plan.stream import FinishedShard, Stream
-from ckptd.runner import around, memory, output
+from ckptd.runner import around, memory, output, shards, unstaged
 from ckptd.runner.card import Card
-from ckptd.runner.evaluator import ImportedMeanwhile
 from ckptd.runner.output import OutputFile
+from ckptd.runner.shards import Maker
 from ckptd.runner.staging import Staging
 from ckptd.runner.tally import SAMPLE_S, Tally
 from ckptd.telemetry.status import Phase
+
+if TYPE_CHECKING:  # the Hub's client is loaded only by jobs that push
+    from ckptd.hub.push import Content
 
 Report = Callable[[progress.Report], None]
 
@@ -69,6 +69,8 @@ class Work:
     byte_budget: int
     num_threads: int
     cache: Cache = Cache.DIRECT
+    staging: Literal["disk", "none"] = "disk"
+    """Whether weights are written before they are sent (see `runner.unstaged`)."""
     sample_s: float = SAMPLE_S
     """Seconds between reports of byte counters."""
     source_path: Path | None = None
@@ -91,7 +93,7 @@ class Push(Protocol):
     async def open(self) -> None:
         """Check everything that can be checked before the first upload."""
 
-    async def upload(self, file: OutputFile) -> None:
+    async def upload(self, file: OutputFile, content: Content | None = None) -> str | None:
         """Send one finished file; may be called concurrently and again."""
 
     async def commit(
@@ -105,11 +107,14 @@ async def execute(work: Work, *, report: Report) -> Outcome:
 
     Raises:
         CheckpointRefused: the checkpoint, or a stage's view of it.
+        UsageError: nothing is to be staged, and something needs the files.
         CheckFailed: a check of the definition.
         SourceChanged, NoSpace, StorageFailed, HubError: as named; often in an ExceptionGroup.
     """
     began = time.monotonic()
-    tally = Tally(report, sample_s=work.sample_s)
+    if work.staging == "none":
+        unstaged.require_use(work.definition, output_path=work.output_path, push=work.push)
+    tally = Tally(report, sample_s=work.sample_s, is_staged=work.staging == "disk")
     tally.enter(Phase.PLANNING)
     source = await to_thread.run_sync(lambda: open_source(work))
     place = await to_thread.run_sync(
@@ -125,6 +130,9 @@ async def execute(work: Work, *, report: Report) -> Outcome:
         )
     )
     tally.planned(plan)
+    if plan.hold_push is not None and work.staging == "none":
+        reason = f"{plan.hold_push}; nothing was made, for staging: none keeps no output"
+        return _outcome(plan, tally, began, state=State.HELD, reason=reason)
     wanted = None if plan.hold_push is not None else await around.push_of(work, source, origin)
     written = await around.card_of(work, source, plan, origin, base=base, push=wanted)
     push = None if wanted is None else await _push(work, wanted, written, tally)
@@ -132,8 +140,12 @@ async def execute(work: Work, *, report: Report) -> Outcome:
         tally.enter(Phase.CHECKING)
         await push.open()
     staging = Staging(work.work_path, check=from_thread.check_cancelled)
-    async with tally.sampling():
-        made = await _produce(work, source, base, plan, staging, push, written, tally)
+    stamps = {**source.stamps, **({} if base is None else base.source.stamps)}
+    async with (
+        tally.sampling(),
+        shards.maker(work, plan, stamps, staging=staging, push=push, tally=tally) as maker,
+    ):
+        made = await _produce(work, source, base, plan, staging, push, written, tally, maker)
         plan = made.plan
         published: dict[str, Any] = {}
         if plan.hold_push is not None:
@@ -143,21 +155,16 @@ async def execute(work: Work, *, report: Report) -> Outcome:
             published = await push.commit(made.files, card_section=made.card_section)
     tally.enter(Phase.FINISHING)
     kept_path = await to_thread.run_sync(lambda: output.keep(staging, work.output_path))
-    return Outcome(
+    where = None if push is not None and work.output_path is None else str(kept_path)
+    published = published or {"reason": _why_held(work, plan)}
+    return _outcome(
+        plan,
+        tally,
+        began,
+        made=made,
         state=State.PUBLISHED if push is not None else State.HELD,
-        **(published if push is not None else {"reason": _why_held(work, plan)}),
-        output_path=None if push is not None and work.output_path is None else str(kept_path),
-        num_shards=len(plan.shards),
-        num_files=len(made.files),
-        **tally.totals(),
-        peak_bytes=memory.used_peak_bytes(),
-        duration_s=time.monotonic() - began,
-        reports={
-            report.stage: {"summary": report.summary, "warnings": list(report.warnings)}
-            | dict(report.facts)
-            for report in plan.reports
-        }
-        | {"job": {"reused_shards": made.num_reused}},
+        output_path=where,
+        **published,
     )
 
 
@@ -220,53 +227,39 @@ async def _produce(
     push: Push | None,
     card: Card,
     tally: Tally,
+    maker: Maker,
 ) -> _Made:
-    """Make every output file in the staging folder, uploading each as soon as it is durable."""
-    finished = await to_thread.run_sync(lambda: staging.resume(plan, hashed=push is not None))
+    """Make every output file, uploading each as soon as it is made."""
     tally.enter(Phase.STREAMING)
-    tally.reused(finished.values())
-    stamps = {**source.stamps, **({} if base is None else base.source.stamps)}
-    with Sources(stamps, cache=work.cache) as sources:
-        stream = _stream(work, plan, staging, sources, tally, hashing=push is not None)
-        async with anyio.create_task_group() as uploads:
-
-            async def on_shard(shard: FinishedShard) -> None:
-                if shard.name not in finished:
-                    await to_thread.run_sync(staging.record, shard)
-                tally.finished(shard, reused=shard.name in finished)
-                if push is not None:
-                    uploads.start_soon(push.upload, output.of_shard(shard))
-
-            shards = await stream.run(
-                finished=finished, on_shard=on_shard, on_synced=staging.announce
+    async with anyio.create_task_group() as uploads:
+        made = await maker.make(uploads)
+        small = await to_thread.run_sync(
+            lambda: output.write_side_files(staging.out_path, plan=plan, card=card.written)
+        )
+        plan, card_section = await _verified(work, source, plan, staging, tally)
+        provenance = await to_thread.run_sync(
+            lambda: output.write_provenance(
+                staging.out_path,
+                source=source,
+                plan=plan,
+                shards=made.files,
+                side_files=small,
+                provenance=output.Provenance(
+                    run=work.run,
+                    content_digest=work.content_digest,
+                    pipeline=work.definition.pipeline,
+                    pipeline_digest=work.pipeline_digest,
+                    base=None if base is None else {"name": base.name, "digest": base.digest},
+                ),
             )
-            small = await to_thread.run_sync(
-                lambda: output.write_side_files(staging.out_path, plan=plan, card=card.written)
-            )
-            plan, card_section = await _verified(work, source, plan, staging, tally)
-            provenance = await to_thread.run_sync(
-                lambda: output.write_provenance(
-                    staging.out_path,
-                    source=source,
-                    plan=plan,
-                    shards=shards,
-                    side_files=small,
-                    provenance=output.Provenance(
-                        run=work.run,
-                        content_digest=work.content_digest,
-                        pipeline=work.definition.pipeline,
-                        pipeline_digest=work.pipeline_digest,
-                        base=None if base is None else {"name": base.name, "digest": base.digest},
-                    ),
-                )
-            )
-            small = (*small, provenance)
-            if push is not None and plan.hold_push is None:
-                tally.enter(Phase.UPLOADING)
-                for file in small:
-                    uploads.start_soon(push.upload, file)
-    files = (*(output.of_shard(shard) for shard in shards), *small)
-    return _Made(files=files, num_reused=len(finished), plan=plan, card_section=card_section)
+        )
+        small = (*small, provenance)
+        if push is not None and plan.hold_push is None:
+            tally.enter(Phase.UPLOADING)
+            for file in small:
+                uploads.start_soon(push.upload, file)
+    files = (*(output.of_shard(shard) for shard in made.files), *small)
+    return _Made(files=files, num_reused=made.num_reused, plan=plan, card_section=card_section)
 
 
 async def _verified(
@@ -315,27 +308,23 @@ async def _push(work: Work, wanted: definition.Push, card: Card, tally: Tally) -
     return made
 
 
-def _stream(
-    work: Work, plan: Plan, staging: Staging, sources: Sources, tally: Tally, *, hashing: bool
-) -> Stream:
-    evaluator = None
-    if plan.needs_torch:
-        evaluator = ImportedMeanwhile(
-            device=work.definition.device,
-            num_threads=work.num_threads if plan.grows_rows else 1,
-            sources=sources,
-            warn=lambda text: from_thread.run_sync(tally.told, text),
-        )
-    return Stream(
-        plan,
-        staging.out_path,
-        sources=sources,
-        evaluator=evaluator,
-        budget=ByteBudget(work.byte_budget),
-        threads=work.num_threads,
-        hashing=hashing,
-        cache=work.cache,
-        meter=tally.meter,
+def _outcome(
+    plan: Plan, tally: Tally, began: float, *, made: _Made | None = None, **fields: Any
+) -> Outcome:
+    """Return how a job ended, with what was counted; `made` is None where nothing was."""
+    return Outcome(
+        **fields,
+        num_shards=len(plan.shards),
+        num_files=0 if made is None else len(made.files),
+        **tally.totals(),
+        peak_bytes=memory.used_peak_bytes(),
+        duration_s=time.monotonic() - began,
+        reports={
+            report.stage: {"summary": report.summary, "warnings": list(report.warnings)}
+            | dict(report.facts)
+            for report in plan.reports
+        }
+        | {"job": {"reused_shards": 0 if made is None else made.num_reused}},
     )
 
 

@@ -6,6 +6,7 @@ never load it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ckptd.hub import push as hub_push
 from ckptd.hub.card import LIBRARY, NOTHING, Facts
 from ckptd.hub.client import HubClient
 from ckptd.hub.publisher import HubEvent, LocalFile, Publisher, Target
+from ckptd.hub.push import Content
 from ckptd.pipeline import target
 from ckptd.pipeline.definition import Push
 from ckptd.runner.output import OutputFile
@@ -57,6 +59,7 @@ class HubPush:
             report=report,
             patience=patience,
         )
+        self._streamed: dict[str, LocalFile] = {}
 
     async def open(self) -> None:
         """Check token, repo, revision and card; create what is absent.
@@ -66,13 +69,21 @@ class HubPush:
         """
         await self._publisher.open()
 
-    async def upload(self, file: OutputFile) -> None:
-        """Send one finished file.
+    async def upload(self, file: OutputFile, content: Content | None = None) -> str | None:
+        """Send one finished file and return the sha256 that the Hub has; None for a small one.
+
+        One that lies nowhere comes with its `content`, which is read as often as need be until the
+        commit is made.
 
         Raises:
             HubError: after the publisher's own retries.
+            ContentFailed: the content could not be made; the cause says why.
         """
-        await self._publisher.upload(_local(file))
+        local = _local(file)
+        if content is not None:
+            local = dataclasses.replace(local, content=content)
+            self._streamed[file.name] = local
+        return await self._publisher.upload(local)
 
     async def commit(
         self, files: tuple[OutputFile, ...], *, card_section: str | None = None
@@ -86,7 +97,8 @@ class HubPush:
             CheckFailed: what stands on the Hub is not what was sent.
         """
         made = await self._publisher.commit(
-            [_local(file) for file in files], card_section=card_section
+            [self._streamed.get(file.name) or _local(file) for file in files],
+            card_section=card_section,
         )
         fields = ("repo_id", "revision", "commit", "commit_url", "pr_num", "pr_url", "git_tag")
         outcome = {field: getattr(made, field) for field in fields}

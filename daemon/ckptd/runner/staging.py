@@ -6,6 +6,9 @@ starts over; under the same plan, files that are still what the ledger says are 
 appended and synced after the file they speak of, so that a torn last line costs one file at most; its
 sha256 is noted before it gets its name, so that a kill between the two costs nothing.
 
+With `staging: none` no weights lie here, and the ledger alone says which file has which sha256 and
+which were sent (`recall`, `note`).
+
 A file that anybody touched since has another change time and is made again. After a restart of the
 machine the disk may hold something else than what was synced, so that every file must also have the
 sha256 of the ledger then; one without a sha256 is made again.
@@ -19,6 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,26 @@ from ckptd.plan.stream import FinishedShard
 from ckptd.telemetry import node
 
 _CHUNK_BYTES = 2 << 20
+_LEDGER_NAME = "ledger.jsonl"
+_NAMED = ("shard", "synced", "hashed", "sent")
+"""The keys under which lines of the ledger name a file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What the ledger says of a file that is sent without ever being written."""
+
+    sha256: str
+    is_sent: bool
+
+
+def has_work(work_path: Path) -> bool:
+    """Say whether a staging folder holds anything that another attempt need not do again."""
+    ledger_path = work_path / _LEDGER_NAME
+    with contextlib.suppress(OSError):
+        if ledger_path.read_bytes().count(b"\n") > 1:
+            return True
+    return any((work_path / "out").glob("[!.]*"))
 
 
 class Staging:
@@ -48,7 +72,7 @@ class Staging:
         self._boot_id = node.boot_id() if boot_id is None else boot_id
         self._check = check
         self.out_path = work_path / "out"
-        self._ledger_path = work_path / "ledger.jsonl"
+        self._ledger_path = work_path / _LEDGER_NAME
 
     def resume(self, plan: Plan, *, hashed: bool) -> dict[str, FinishedShard]:
         """Make the folder ready for `plan`; return the files an earlier attempt finished.
@@ -88,6 +112,35 @@ class Staging:
         # Written anew: a line appended behind a torn one would be lost with it.
         writer.write_file(self._ledger_path, b"".join(map(_line, kept)))
         return finished
+
+    def recall(self, plan: Plan) -> dict[str, Sent]:
+        """Make the folder ready for `plan`, whose files are not to lie here; return what is known.
+
+        Raises:
+            NoSpace, StorageFailed: the folder cannot be written.
+        """
+        writer.make_folder(self.out_path)
+        lines = self._read_ledger()
+        same = bool(lines) and lines[0].get("plan") == plan.digest
+        known: dict[str, Sent] = {}
+        for line in lines[1:] if same else ():
+            name = next((str(line[key]) for key in _NAMED if key in line), "")
+            sha256 = line.get("sha256")
+            if name and isinstance(sha256, str):
+                is_sent = "sent" in line or (name in known and known[name].is_sent)
+                known[name] = Sent(sha256=sha256, is_sent=is_sent)
+        self._clear(keep=())
+        kept = [_sent_line(name, sent) for name, sent in known.items()]
+        writer.write_file(self._ledger_path, b"".join(map(_line, (self._head(plan), *kept))))
+        return known
+
+    def note(self, name: str, sent: Sent) -> None:
+        """Note the sha256 of a file that lies nowhere, and whether the Hub has it.
+
+        Raises:
+            NoSpace, StorageFailed: the ledger cannot be written.
+        """
+        self._append(_sent_line(name, sent))
 
     def announce(self, shard: FinishedShard) -> None:
         """Note what `shard` will be once it has its name: its bytes are durable.
@@ -192,6 +245,10 @@ def _told(name: str, stat: os.stat_result, sha256: str | None) -> dict[str, Any]
         "mtime_ns": stat.st_mtime_ns,
         "ctime_ns": stat.st_ctime_ns,
     }
+
+
+def _sent_line(name: str, sent: Sent) -> dict[str, Any]:
+    return {"sent" if sent.is_sent else "hashed": name, "sha256": sent.sha256}
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -29,9 +29,14 @@ class Tally:
     """Counts for one job and tells `report`; belongs to the event loop, but for its meter."""
 
     def __init__(
-        self, report: Callable[[progress.Report], None], *, sample_s: float = SAMPLE_S
+        self,
+        report: Callable[[progress.Report], None],
+        *,
+        sample_s: float = SAMPLE_S,
+        is_staged: bool = True,
     ) -> None:
         self.meter = Meter()
+        self._is_staged = is_staged
         self._sample_s = sample_s
         self._report = report
         self._plan: Plan | None = None
@@ -73,13 +78,12 @@ class Tally:
         """Somebody should know this, though the job goes on."""
         self._report(progress.Warned(text=warning))
 
-    def reused(self, shards: Collection[FinishedShard]) -> None:
+    def reused(self, names: Collection[str]) -> None:
         """These files were finished by an earlier attempt; comes after `planned`."""
         assert self._plan is not None
-        names = {shard.name for shard in shards}
         left = tuple(shard for shard in self._plan.shards if shard.name not in names)
         self._todo = dataclasses.replace(self._plan, shards=left)
-        self._reused_bytes = sum(shard.nbytes for shard in shards)
+        self._reused_bytes = sum(s.nbytes for s in self._plan.shards if s.name in names)
 
     def finished(self, shard: FinishedShard, *, reused: bool) -> None:
         """An output file is durable."""
@@ -145,7 +149,9 @@ class Tally:
             fetched=self._fetched,
             read=Counter(done_bytes=meter.read_bytes, total_bytes=todo.read_bytes),
             computed=Counter(done_bytes=meter.computed_bytes, total_bytes=todo.computed_bytes),
-            written=Counter(done_bytes=meter.written_bytes + reused, total_bytes=plan.output_bytes),
+            written=Counter(done_bytes=meter.written_bytes + reused, total_bytes=plan.output_bytes)
+            if self._is_staged
+            else Counter(),
             uploaded=Counter(
                 done_bytes=sum(self._uploaded.values()), total_bytes=self._upload_bytes
             ),

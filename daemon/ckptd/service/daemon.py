@@ -79,7 +79,11 @@ class Daemon:
         )
         self._admission = Admission(caps, state_path=settings.state_dir)
         self._board.limits = lambda counts: limits.statuses(
-            settings, counts=counts, caps=caps, found=self._admission.found
+            settings,
+            counts=counts,
+            caps=caps,
+            found=self._admission.found,
+            pins=self._board.pins(),
         )
 
     def reload(self) -> None:
@@ -156,7 +160,7 @@ class Daemon:
             log.info("jobs taken back", jobs=[job.job_id for job in reaped])
         await to_thread.run_sync(self._definitions.look)
         janitor = self._janitor(store)
-        await janitor.sweep(await store.list())
+        await janitor.sweep()
         return janitor
 
     def _make_worker(self, store: JobStore) -> Worker:
@@ -171,6 +175,7 @@ class Daemon:
                 byte_budget=settings.byte_budget,
                 num_threads=settings.threads,
                 cache=settings.cache,
+                staging=settings.staging,
                 endpoint=settings.hub_endpoint,
                 upload_limit=_share(settings.upload_limit, settings.slots),
                 lease_s=settings.lease,

@@ -15,6 +15,7 @@ Whatever loses its pin says so in its job's reason, or in the sighting of its ch
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -56,23 +57,6 @@ def tidy(job: Job, state_path: Path) -> None:
         shutil.rmtree(work_path(state_path, job.job_id), ignore_errors=True)
 
 
-def sweep(jobs: Iterable[Job], state_path: Path) -> None:
-    """Remove staging folders of no job that needs one, and what ended jobs left. Blocks."""
-    needed = set()
-    for job in jobs:
-        tidy(job, state_path)
-        if job.state in _NEEDED:
-            needed.add(job.job_id)
-    for folder in (state_path / "work").glob("*"):
-        if folder.name not in needed:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def needs_pin(job: Job) -> bool:
-    """Return whether the job's pin must stay."""
-    return job.state in _NEEDED
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinLimits:
     """How much and how long pins may be kept: see `Settings.pin_limit` and `pin_age`."""
@@ -105,12 +89,19 @@ class Janitor:
         self._definitions = definitions
         self.status = PinStatus(limit_bytes=limits.max_bytes, max_age_s=limits.max_age_s)
 
-    async def sweep(self, jobs: Iterable[Job]) -> None:
-        """Remove what a daemon that was killed left behind; before anything is watched."""
-        jobs = list(jobs)
-        await to_thread.run_sync(sweep, jobs, self._state_path)
-        needed = {Path(job.spec.pinned_path) for job in jobs if needs_pin(job)}
-        await to_thread.run_sync(self._pinned.sweep, needed)
+    async def sweep(self) -> None:
+        """Remove what a daemon that was killed left behind; before anything is watched.
+
+        It looks at what is on the disk, not at every job that ever was: a start takes no longer
+        after years.
+        """
+        needed = await self._store.list(states=_NEEDED)
+        pins = {Path(job.spec.pinned_path) for job in needed}
+        found = await to_thread.run_sync(self._pinned.all)
+        await self._tidy([one.path for one in found if not one.live and one.path not in pins])
+        for path in await to_thread.run_sync(self._idle_work, {job.job_id for job in needed}):
+            await to_thread.run_sync(functools.partial(shutil.rmtree, path, ignore_errors=True))
+        await to_thread.run_sync(self._pinned.sweep, pins)
 
     async def run(self) -> None:
         """Look again and again until cancelled."""

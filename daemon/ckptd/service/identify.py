@@ -23,7 +23,8 @@ class KnownBases:
     """What identifies the models that adapters are merged into; shared by a daemon's intakes."""
 
     def __init__(self, *, endpoint: str | None) -> None:
-        self._endpoint = endpoint
+        self.endpoint = endpoint
+        """The Hub they are looked up on; None for the public one."""
         self._digests = base_models.Digests()
 
     def of(
@@ -40,9 +41,7 @@ class KnownBases:
             CheckpointRefused: the base is not there, or cannot be opened.
             HubError: its commit cannot be looked up.
         """
-        place = base_models.locate(
-            definition.stages, source, beside=beside, endpoint=self._endpoint
-        )
+        place = base_models.locate(definition.stages, source, beside=beside, endpoint=self.endpoint)
         if place is None:
             return None
         fingerprint = base_models.fingerprint(place)
@@ -63,7 +62,7 @@ class KnownBases:
         """
         place = None if base is None else base_models.place_of(base[0])
         origin = origins.of(source, beside=beside, place=place)
-        return origins.model_type(push, source, origin, endpoint=self._endpoint)
+        return origins.model_type(push, source, origin, endpoint=self.endpoint)
 
 
 def spec_of(

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +24,16 @@ from ckptd import errors
 from ckptd.checkpoint import listing, whole
 from ckptd.checkpoint.completeness import Broken, Complete, Waiting
 from ckptd.checkpoint.listing import Listing
-from ckptd.checkpoint.signs.file_set import FileSet
-from ckptd.jobs.job import State
-from ckptd.jobs.store import JobStore, Sighting, Verdict
+from ckptd.jobs.store import JobStore, Verdict
 from ckptd.pipeline.definition import Definition, Watch
-from ckptd.service import identify, judging, policies
+from ckptd.service import judging, policies
 from ckptd.service.admission import QueueRoom
+from ckptd.service.earlier import Earlier
 from ckptd.service.identify import KnownBases
-from ckptd.service.judging import Candidate, Lost
+from ckptd.service.judging import Candidate, Judgement, Lost
 from ckptd.service.pins import Pins
-from ckptd.service.taking import Taker
+from ckptd.service.sightings import DECIDED, Sightings
+from ckptd.service.taking import Accepted, Taker
 from ckptd.watch.watcher import Changed, Seen, Settled, Vanished, Watcher, WatchEvent
 
 log = structlog.get_logger()
@@ -48,8 +46,6 @@ _AGAIN = "+"
 """What the live pin of a folder gets behind its name while one before it is still judged."""
 _GATHER_S = 0.1
 """How long checkpoints that settled at the same time are gathered, so that the newest goes first."""
-_MAY_DESERVE = frozenset({State.FAILED, State.REFUSED, State.HELD, State.SKIPPED})
-_DECIDED = frozenset({Verdict.TAKEN, Verdict.REFUSED, Verdict.SKIPPED})
 
 
 class Intake:
@@ -74,9 +70,11 @@ class Intake:
         self._store = store
         self._taker = Taker(definition=definition, watch=watch, pins=pins, store=store, bases=bases)
         self._queued = queued
-        self._file_sets: dict[Path, FileSet] = {}
+        self._sightings = Sightings(store, definition)
+        self._earlier = Earlier(store, definition.pipeline)
         self._candidates: dict[Path, Candidate] = {}
         self._parting: set[Path] = set()
+        self._late: dict[Path, Candidate] = {}
         self._room = QueueRoom(store, max_queued=max_queued)
         self._log = log.bind(pipeline=definition.pipeline)
 
@@ -117,7 +115,7 @@ class Intake:
             await self._went(path, due)
             return
         seen = event.listing
-        if await self._is_decided(path, seen) or await self._leaves_out(path, seen):
+        if await self._sightings.is_decided(path, seen) or await self._leaves_out(path, seen):
             return
         candidate = await self._follow(event, due)
         if candidate is None:
@@ -133,10 +131,10 @@ class Intake:
         gone = self._candidates.pop(path, None)
         if gone is not None:
             await self._part(gone, due)
-        elif await self._store.sighting(str(path), self._definition.pipeline) is None:
+        elif not await self._sightings.is_known(path):
             reason = str(errors.CheckpointVanished(path=path))
             self._log.warning("checkpoint vanished", checkpoint=str(path), why=reason)
-            await self._store.note(self._sighting(path, None, Verdict.VANISHED, reason=reason))
+            await self._sightings.note(path, None, Verdict.VANISHED, reason=reason)
 
     async def _part(self, gone: Candidate, due: anyio.abc.ObjectSendStream[Candidate]) -> None:
         """Judge a candidate without its folder; its pin is its own until then."""
@@ -167,39 +165,15 @@ class Intake:
         self._candidates[path] = candidate
         return candidate
 
-    async def _is_decided(self, path: Path, seen: Listing) -> bool:
-        """Whether this very state of the folder was dealt with, maybe before a restart."""
-        sighting = await self._store.sighting(str(path), self._definition.pipeline)
-        if sighting is None or sighting.verdict not in _DECIDED:
-            return False
-        if sighting.fingerprint_id != self._identity(seen, sighting.verdict):
-            return False
-        return sighting.job_id is None or not await self._deserves_another(sighting.job_id)
-
-    async def _deserves_another(self, job_id: str) -> bool:
-        """Whether a job was not done under a definition that has been changed since."""
-        known = await identify.known_job(self._store, job_id)
-        if known is None or not identify.stands(known, self._definition):
-            return True
-        return known.state in _MAY_DESERVE and known.spec.definition != self._definition.dump()
-
     async def _leaves_out(self, path: Path, seen: Listing) -> bool:
         """Whether `take` passes over the step in the checkpoint's name; said once, nothing pinned."""
         why = policies.passed_over(self._definition.take, step=policies.step_in_name(path))
         if why is None:
             return False
-        known = await self._store.sighting(str(path), self._definition.pipeline)
-        if known is None or known.reason != why:
+        if not await self._sightings.is_known(path, reason=why):
             self._log.info("checkpoint skipped", checkpoint=str(path), why=why)
-            await self._store.note(self._sighting(path, seen, Verdict.SKIPPED, reason=why))
+            await self._sightings.note(path, seen, Verdict.SKIPPED, reason=why)
         return True
-
-    def _identity(self, seen: Listing, verdict: Verdict) -> str:
-        """What a verdict holds for: a refusal only under the definition that brought it about."""
-        if verdict is Verdict.TAKEN:
-            return seen.fingerprint_id
-        definition = json.dumps(self._definition.dump(), sort_keys=True).encode()
-        return f"{seen.fingerprint_id} {hashlib.sha256(definition).hexdigest()[:16]}"
 
     async def _pin(self, candidate: Candidate) -> None:
         """Pin what is there, where that costs nothing; a failure shows when it is judged."""
@@ -266,21 +240,19 @@ class Intake:
     async def _judge(self, candidate: Candidate) -> None:
         if not candidate.gone and not await self._is_as_seen(candidate):
             return  # the watcher will say so
+        before = await self._earlier.of(candidate.path.parent)
         judgement = await to_thread.run_sync(
             lambda: judging.judge(
                 candidate,
                 pins=self._pins,
                 watch=self._watch,
                 assets=self._definition.assets,
-                before=self._file_sets.get(candidate.path.parent),
+                before=before,
             )
         )
         match judgement.verdict:
-            case Complete():
-                assert judgement.pinned is not None
-                if judgement.file_set is not None:
-                    self._file_sets[candidate.path.parent] = judgement.file_set
-                await self._take(candidate, judgement.pinned)
+            case Complete(doubts=doubts):
+                await self._take(candidate, judgement, doubts)
             case Waiting(why=why):
                 await self._wait(candidate, why)
             case Broken(error=error):
@@ -302,19 +274,36 @@ class Intake:
             return True
         return now.fingerprint == seen.fingerprint
 
-    async def _take(self, candidate: Candidate, pinned: Listing) -> None:
-        taken = await self._taker.take(candidate.path, candidate.pin_path, pinned)
+    async def _take(
+        self, candidate: Candidate, judgement: Judgement, doubts: tuple[str, ...]
+    ) -> None:
+        assert judgement.pinned is not None
+        if judgement.file_set is not None:
+            self._earlier.note(candidate.path.parent, judgement.file_set)
+        doubts = tuple(candidate.told(doubt) for doubt in doubts)
+        accepted = Accepted(pinned=judgement.pinned, file_set=judgement.file_set, doubts=doubts)
+        taken = await self._taker.take(candidate.path, candidate.pin_path, accepted)
         if taken.skipped is not None:
             await self._drop(candidate, Verdict.SKIPPED, taken.skipped)
             return
+        if taken.waits is not None:
+            await self._wait(candidate, taken.waits)
+            return
+        if doubts:
+            self._log.warning(
+                "checkpoint taken in doubt", checkpoint=str(candidate.path), why=doubts
+            )
         if taken.is_new:
             self._queued()
         else:
             await to_thread.run_sync(self._pins.release, candidate.pin_path)
-        await self._note(candidate, Verdict.TAKEN, job_id=taken.job_id)
+        await self._note(candidate, Verdict.TAKEN, job_id=taken.job_id, reason=taken.note)
 
     async def _wait(self, candidate: Candidate, why: str) -> None:
         why = candidate.told(why)
+        if candidate.gone and candidate.pin_path not in self._late:
+            candidate.quiet_since = time.monotonic()
+            self._late[candidate.pin_path] = candidate
         if candidate.why == why:
             return
         candidate.why = why
@@ -327,8 +316,8 @@ class Intake:
             await anyio.sleep(_REJUDGE_S)
             if self._room.is_full:
                 continue
-            for candidate in list(self._candidates.values()):
-                if candidate.why is None or not candidate.settled:
+            for candidate in [*self._candidates.values(), *self._late.values()]:
+                if candidate.why is None or not (candidate.settled or candidate.gone):
                     continue
                 if time.monotonic() - candidate.quiet_since > ABANDON_S:
                     why = f"given up after {ABANDON_S / 60:.0f} minutes: {candidate.why}"
@@ -368,32 +357,12 @@ class Intake:
         reason: str | None = None,
         job_id: str | None = None,
     ) -> None:
-        candidate.ended = verdict in _DECIDED or verdict is Verdict.VANISHED
+        candidate.ended = verdict in DECIDED or verdict is Verdict.VANISHED
         if candidate.ended:
             self._parting.discard(candidate.pin_path)
+            self._late.pop(candidate.pin_path, None)
         if candidate.ended and self._candidates.get(candidate.path) is candidate:
             del self._candidates[candidate.path]
-        sighting = self._sighting(
+        await self._sightings.note(
             candidate.path, candidate.seen, verdict, reason=reason, job_id=job_id
-        )
-        await self._store.note(sighting)
-
-    def _sighting(
-        self,
-        path: Path,
-        seen: Listing | None,
-        verdict: Verdict,
-        *,
-        reason: str | None,
-        job_id: str | None = None,
-    ) -> Sighting:
-        return Sighting(
-            source_path=str(path),
-            pipeline=self._definition.pipeline,
-            fingerprint_id="" if seen is None else self._identity(seen, verdict),
-            verdict=verdict,
-            # Names on disk may be no text; the store takes nothing else.
-            reason=None if reason is None else reason.encode("utf-8", "replace").decode(),
-            job_id=job_id,
-            at=time.time(),
         )

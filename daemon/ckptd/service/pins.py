@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -29,6 +30,14 @@ from ckptd.service import pinned
 from ckptd.watch.scan import Place
 
 log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Who works at one live pin, and waits for it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    num_takers: int = 0
 
 
 class Pins:
@@ -48,7 +57,7 @@ class Pins:
         self._held = held
         self._bases: dict[Path, tuple[Path, PinMethod]] = {}
         self._lock = threading.Lock()
-        self._busy: dict[Path, threading.Lock] = {}
+        self._busy: dict[Path, _Turn] = {}
         self._unsynced: set[Path] = set()
         self._stood: dict[Path, tuple[Mapping[Path, int], float]] = {}
 
@@ -159,9 +168,16 @@ class Pins:
     def _alone(self, live_path: Path) -> Iterator[None]:
         """Keep others off one live pin: a checkpoint may be judged while its next change is seen."""
         with self._lock:
-            lock = self._busy.setdefault(live_path, threading.Lock())
-        with lock:
-            yield
+            turn = self._busy.setdefault(live_path, _Turn())
+            turn.num_takers += 1
+        try:
+            with turn.lock:
+                yield
+        finally:
+            with self._lock:
+                turn.num_takers -= 1
+                if not turn.num_takers:
+                    del self._busy[live_path]
 
     def _refresh(
         self, live_path: Path, seen: Listing, method: PinMethod, *, early: bool

@@ -111,16 +111,23 @@ def moves_forward_only(spec: JobSpec) -> bool:
     return bool(push and push.get("forward_only"))
 
 
-def untagged(known: Job, spec: JobSpec) -> str | None:
-    """Return what is lost where `spec` has the content of `known`, another step, and another tag."""
+def second_tag(known: Job, spec: JobSpec) -> str | None:
+    """Return the tag that `spec` gives the commit of `known`, whose content it has at another step."""
     if known.spec.step == spec.step or known.spec.git_tag == spec.git_tag:
         return None
-    commit = None if known.outcome is None else known.outcome.commit
-    by_hand = "" if commit is None else f"; set it by hand on commit {commit}, if you want it"
+    return spec.git_tag
+
+
+def is_to_come(known: Job) -> bool:
+    """Whether the job may still be published without a person."""
+    return known.state in ACQUIRABLE or known.state is State.RUNNING
+
+
+def same_bytes(known: Job) -> str:
+    """Return in words that a checkpoint has the content of `known`, and is published once."""
     return (
         f"holds the same bytes as step {known.spec.step} (job {known.job_id}, "
-        f"{known.spec.source_path}): it is published once, and git tag {spec.git_tag} is not set"
-        + by_hand
+        f"{known.spec.source_path}): it is published once"
     )
 
 

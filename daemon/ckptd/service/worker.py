@@ -24,6 +24,7 @@ from ckptd.jobs import progress
 from ckptd.jobs.failing import RUNNER_DIED, Failure, RetryLimits
 from ckptd.jobs.job import Job, Outcome, State
 from ckptd.jobs.store import Admit, JobStore
+from ckptd.pipeline.staged import StagingKind
 from ckptd.service import housekeeping, policies
 from ckptd.service.board import Board
 from ckptd.service.runners import RunnerProcess
@@ -52,6 +53,7 @@ class WorkerOptions:
     byte_budget: int
     num_threads: int
     cache: Cache
+    staging: StagingKind = "disk"
     endpoint: str | None
     upload_limit: int | None = None
     """Most bytes a second that one runner may send."""
@@ -171,7 +173,10 @@ class Worker:
         """
         if not policies.moves_forward_only(job.spec):
             return False
-        why = policies.goes_back(job, await self._store.list(states=[State.PUBLISHED]))
+        newer = await self._store.list(
+            states=[State.PUBLISHED], target=job.spec.target, after_step=job.spec.step
+        )
+        why = policies.goes_back(job, newer)
         if why is None:
             return False
         outcome = Outcome(state=State.SKIPPED, reason=why)
@@ -227,6 +232,7 @@ class Worker:
             byte_budget=_budget(self._options.byte_budget, job.failure),
             num_threads=self._options.num_threads,
             cache=self._options.cache,
+            staging=self._options.staging,
             endpoint=self._options.endpoint,
             upload_limit=self._options.upload_limit,
             attempt=job.attempt,

@@ -43,7 +43,7 @@ _SECRET_TEXTS = (
         rf"\1{HIDDEN}",
     ),
 )
-_QUIET_LIBRARIES = ("httpx", "httpcore", "filelock", "asyncio")
+_QUIET_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "filelock", "asyncio")
 _SHORTEST_SECRET_CHARS = 6
 _DEEPEST = 8
 

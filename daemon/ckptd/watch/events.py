@@ -32,7 +32,7 @@ RETRY_S = 60.0
 SYSCTL_PATH = Path("/proc/sys")
 
 _FOLDER_MASK = inotify.ENTRIES | inotify.DELETE_SELF | inotify.MOVE_SELF
-_FILES_MASK = _FOLDER_MASK | inotify.CLOSE_WRITE
+_FILES_MASK = _FOLDER_MASK | inotify.CLOSE_WRITE | inotify.ATTRIB
 
 log = structlog.get_logger()
 

@@ -15,6 +15,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+ATTRIB = 0x004
 CLOSE_WRITE = 0x008
 MOVED_FROM = 0x040
 MOVED_TO = 0x080

@@ -10,7 +10,7 @@ between times as often as its share of a core allows. One that is quiet costs ne
   events are lost.
 
 The last two have a share of a core each, however many candidates there are: more of them make the
-round longer, not the daemon busier. Of a quiet candidate two digests are kept, no list of files.
+round longer, not the daemon busier. Of a quiet candidate a few digests are kept, no list of files.
 """
 
 from __future__ import annotations

@@ -55,13 +55,15 @@ class Fingerprint:
     """Digest of every file's name, inode, size and modification time."""
     changes: bytes
     """Digest of every file's change time: it also moves where a writer puts the others back."""
+    access: bytes
+    """Digest of who may read each file: what could not be read may be readable now."""
     num_links: int
     """Hard links of all files together. Where they move along with `changes` somebody has linked
     files, the pin of this very checkpoint above all, and has not written them."""
 
     def is_quiet_since(self, before: Fingerprint) -> bool:
         """Whether nothing was written between `before` and this."""
-        return self.content == before.content and (
+        return (self.content, self.access) == (before.content, before.access) and (
             self.changes == before.changes or self.num_links != before.num_links
         )
 
@@ -72,6 +74,7 @@ def fingerprint_of(listing: Listing) -> Fingerprint:
     return Fingerprint(
         content=_digest(listing.fingerprint),
         changes=_digest(changes),
+        access=_digest([file.access for file in listing.files]),
         num_links=sum(file.num_links for file in listing.files),
     )
 

@@ -156,8 +156,10 @@ def test_any_division_makes_the_whole(
         ("", lambda w: {"model": {f"_orig_mod.{k}": v for k, v in w.items()}}),
         ("pytorch_model_fsdp_0", lambda w: {"model": w}),
         ("trainer", lambda w: {"app": {"model": w, "progress": {"step": 1}}}),
+        ("", lambda w: {"app": {"model": w, "step": torch.tensor(3)}, "epoch": torch.tensor(1)}),
     ],
-    ids=["torchtitan", "nested", "Lightning", "prime-rl", "compiled", "accelerate", "trainer"],
+    ids=["torchtitan", "nested", "Lightning", "prime-rl", "compiled", "accelerate", "trainer",
+         "counted"],
 )  # fmt: skip
 def test_the_model_is_found_beside_the_trainers_state(
     folder: str, state: Any, weights: Weights, run_path: Path

@@ -134,6 +134,73 @@ def test_what_is_no_state_dict_is_refused(value: Any, words: str, run_path: Path
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (lambda w: {"model": w, "model_args": {}, "iter_num": 9, "optimizer": {}}, "nanoGPT"),
+        (lambda w: {"dims": {"n_mels": 80}, "model_state_dict": w}, "whisper"),
+        (lambda w: {"model": w, "optimizer_history": [], "extra_state": {}, "cfg": {}}, "fairseq"),
+        (lambda w: {"transformer.h.0.attn.qkv.weight": w["model.norm.weight"]}, "LitGPT"),
+        (
+            lambda w: {"model": {"transformer.h.0.mlp.fc_1.weight": w["model.norm.weight"]}},
+            "LitGPT",
+        ),
+    ],
+)
+def test_what_no_name_of_transformers_fits_is_refused(
+    value: Any, words: str, weights: Weights, run_path: Path
+) -> None:
+    """A config beside it would make a model of it that is wrong: the trainer and the way are named."""
+    torch.save(value(weights), run_path / "ckpt.pt")
+    with pytest.raises(CheckpointUnsupported, match=words) as caught:
+        open_checkpoint(run_path)
+    assert caught.value.hint
+
+
+def test_linear_weights_of_gpt2_that_lie_across_are_refused(run_path: Path) -> None:
+    """As Linear has them, a square c_proj would be taken as it is; those of Conv1D are read."""
+    (run_path / "config.json").write_text(
+        json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
+    )
+    for shape, is_right in (((16, 48), True), ((48, 16), False)):
+        weights = {"transformer.h.0.attn.c_attn.weight": torch.ones(shape)}
+        torch.save(weights, run_path / "model.pt")
+        if is_right:
+            assert same(values(open_checkpoint(run_path)), weights)
+        else:
+            with pytest.raises(CheckpointUnsupported, match="lies across"):
+                open_checkpoint(run_path)
+
+
+def test_a_link_to_the_newest_file_is_no_second_one(weights: Weights, run_path: Path) -> None:
+    """Composer's latest-rank0.pt beside the only save; timm's suffix."""
+    torch.save({"state": {"model": weights}}, run_path / "ep1-ba42-rank0.pt")
+    (run_path / "latest-rank0.pt").symlink_to("ep1-ba42-rank0.pt")
+    assert same(values(open_checkpoint(run_path)), weights)
+    (run_path / "latest-rank0.pt").unlink()
+    (run_path / "ep1-ba42-rank0.pt").rename(run_path / "last.pth.tar")
+    assert same(values(open_checkpoint(run_path)), weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("best-model/model.safetensors", "best-model"),
+        ("deep/er/pytorch_model.bin.index.json", "deep/er"),
+        ("llama_sft.safetensors", "point at the file itself"),
+        ("flax_model.msgpack", "save_pretrained"),
+        ("tf_model.h5", "save_pretrained"),
+    ],
+)
+def test_weights_that_lie_elsewhere_are_named(name: str, words: str, run_path: Path) -> None:
+    """A folder without weights of its own says where there are some, or why they are not read."""
+    (run_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (run_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointRefused) as caught:
+        open_checkpoint(run_path)
+    assert words in f"{caught.value} {caught.value.hint}"
+
+
 def test_several_files_are_a_question(weights: Weights, run_path: Path) -> None:
     """A folder of Lightning's has many: each can be named itself."""
     for name in ("last.ckpt", "epoch=0.ckpt"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,30 @@ class Steps:
         """Let go on what waits."""
         (self._folder / "go").touch()
 
+    def lines(self) -> list[str]:
+        """Return every step so far."""
+        return [label for _, label in self._trace()]
+
     def seen(self) -> list[str]:
         """Return the steps so far, each once, in their order."""
-        lines = (self._folder / "trace").read_text().splitlines()
-        return list(dict.fromkeys(line for line in lines if line))
+        return list(dict.fromkeys(self.lines()))
+
+    def reached(self, start: str, moments: Sequence[float]) -> list[float]:
+        """Return for each moment how long it took to a step that begins with `start`.
+
+        Moments are of `time.monotonic`, in their order; one with no such step before the next
+        moment has no place in the answer.
+        """
+        times = [at for at, label in self._trace() if label.startswith(start)]
+        found = []
+        for began, next_began in itertools.pairwise([*moments, math.inf]):
+            first = min((at for at in times if began <= at < next_began), default=None)
+            if first is not None:
+                found.append(first - began)
+        return found
+
+    def _trace(self) -> list[tuple[float, str]]:
+        path = self._folder / "trace"
+        lines = path.read_text().splitlines() if path.exists() else ()
+        pairs = (line.split(" ", 1) for line in lines if line)
+        return [(float(at), label) for at, label in pairs]

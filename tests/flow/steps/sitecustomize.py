@@ -3,7 +3,7 @@
 Python imports this module at its start where the tests put its folder on PYTHONPATH, in the daemon
 and in its runners, so that the code under test needs no hook. Every file opened for writing, every
 rename, link, removal, write, sync and committed transaction below `STEPS_ROOT` is one step with a
-label, the same in every run. Steps are written to `trace`; at the step that the file `arm` names,
+label, the same in every run. Steps are written to `trace` with the time; at the step that the file `arm` names,
 the process is killed (`kill`, `kill both`), dies of a fault of its own (`crash`), is stopped (`stop`),
 waits until the file `go` is there (`wait`), or the call fails with an error of the file system
 (`fail`, time and again). `within` bounds a step to paths that contain it.
@@ -73,7 +73,7 @@ def step(what: str, place: str, full: str) -> None:
         return
     label = f"{ROLE} {what} {place}"
     fd = os.open(f"{FOLDER}/trace", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(fd, label.encode() + b"\n")
+    os.write(fd, f"{time.monotonic():.3f} {label}\n".encode())
     os.close(fd)
     with contextlib.suppress(OSError), open(f"{FOLDER}/arm") as file:
         _meet(label, full, json.load(file))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+
+from ckptd import models
 
 TOLERANCE = 1e-5
 ROWS, LENGTH, PAD = 99, 7, 0
@@ -80,16 +81,7 @@ def make(name: str, implementation: str, values: Mapping[str, Any], **init: Any)
 
 def our_class(name: str) -> Any:
     """Return our class of that name."""
-    modules = {
-        "GPT2": "gpt2",
-        "GPTNeoX": "gpt_neox",
-        "Bert": "bert",
-        "Roberta": "roberta",
-        "T5": "t5",
-        "ViT": "vit",
-    }
-    module = next(value for key, value in modules.items() if name.startswith(key))
-    return getattr(importlib.import_module(f"ckptd.models.native.{module}"), name)
+    return getattr(models, name)
 
 
 def compare(both: Pair, **inputs: Any) -> Any:

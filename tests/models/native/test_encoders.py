@@ -28,10 +28,12 @@ HEADS = (
     "ForTokenClassification",
     "ForQuestionAnswering",
 )
+CHOICES = ("BertForMultipleChoice", "RobertaForMultipleChoice")
 NAMES = (
     *(f"Bert{head}" for head in HEADS),
     *(f"Roberta{head}" for head in HEADS),
     "BertForPreTraining",
+    "BertForNextSentencePrediction",
 )
 DECODERS = ("BertLMHeadModel", "RobertaForCausalLM")
 MASKED_LM = ("BertForMaskedLM", "RobertaForMaskedLM")
@@ -43,13 +45,13 @@ def test_defaults(name: str) -> None:
     oracle.same_config(name)
 
 
-@pytest.mark.parametrize("name", NAMES + DECODERS)
+@pytest.mark.parametrize("name", NAMES + DECODERS + CHOICES)
 def test_declarations(name: str) -> None:
     """Class attributes, ties and the forward's arguments are those of transformers."""
     oracle.same_class(name)
 
 
-@pytest.mark.parametrize("name", NAMES + DECODERS)
+@pytest.mark.parametrize("name", NAMES + DECODERS + CHOICES)
 def test_state(name: str) -> None:
     """Tensors, counts and buffers are those of the files transformers writes."""
     oracle.same_state(oracle.pair(name, **SMALL))
@@ -118,6 +120,31 @@ def test_pretraining_loss() -> None:
     labels = {"labels": oracle.ids(seed=3), "next_sentence_label": torch.tensor([0, 1])}
     oracle.compare(both, input_ids=oracle.ids(), **labels)
     assert both.ours(oracle.ids(), labels=labels["labels"]).loss is None
+
+
+def test_sentence_loss() -> None:
+    """The loss of the second sentence is that of transformers."""
+    both = oracle.pair("BertForNextSentencePrediction", **SMALL)
+    oracle.compare(both, input_ids=oracle.ids(), labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("labelled", [False, True])
+def test_choices(name: str, labelled: bool) -> None:
+    """Every choice is scored alone, from tokens or vectors, with masks, types and positions."""
+    both = oracle.pair(name, **SMALL)
+    ids = oracle.ids(rows=6).view(2, 3, oracle.LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, 1, 4:] = 0
+    given: dict[str, Any] = {"labels": torch.tensor([2, 0])} if labelled else {}
+    given |= {"attention_mask": mask, "output_hidden_states": True}
+    found = oracle.compare(both, input_ids=ids, token_type_ids=ids % 2, **given)
+    assert found.logits.shape == (2, 3)
+    positions = torch.arange(3, 3 + oracle.LENGTH).expand(2, 3, -1)
+    vectors = oracle.vectors(2, 3, oracle.LENGTH, 32)
+    oracle.compare(both, inputs_embeds=vectors, position_ids=positions, **given)
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        both.ours(attention_mask=mask)
 
 
 @pytest.mark.parametrize("family", ["Bert", "Roberta"])

@@ -18,9 +18,10 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "image_size": 24,
     "patch_size": 8,
+    "encoder_stride": 8,
 }
 IMAGES = oracle.vectors(2, 3, 24, 24)
-NAMES = ("ViTModel", "ViTForImageClassification")
+NAMES = ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling")
 
 
 def test_defaults() -> None:
@@ -86,6 +87,19 @@ def test_masked_patches() -> None:
     oracle.compare(both, pixel_values=IMAGES, bool_masked_pos=masked)
     visible = torch.arange(10)[None].repeat(2, 1) < 7
     oracle.compare(both, pixel_values=IMAGES, attention_mask=visible)
+
+
+def test_masked_images() -> None:
+    """The reconstruction, and its error in masked patches, are those of transformers."""
+    both = oracle.pair("ViTForMaskedImageModeling", **SMALL)
+    masked = torch.tensor([[1, 0, 0, 1, 1, 0, 0, 1, 0], [0] * 9], dtype=torch.bool)
+    found = oracle.compare(both, pixel_values=IMAGES, bool_masked_pos=masked)
+    assert found.reconstruction.shape == IMAGES.shape
+    other = oracle.make("ViTForMaskedImageModeling", "sdpa", SMALL | {"encoder_stride": 4})
+    oracle.compare(other, pixel_values=IMAGES)
+    for model in (other.ours, other.theirs):
+        with pytest.raises(ValueError, match="encoder_stride"):
+            model(IMAGES, bool_masked_pos=masked)
 
 
 def test_masked_patches_need_a_token() -> None:

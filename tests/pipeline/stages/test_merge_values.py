@@ -267,6 +267,53 @@ METHODS: dict[str, tuple[str, Any]] = {
             num_cayley_neumann_terms=2,
         ),
     ),
+    "oft_constrained": (
+        "llama",
+        peft.OFTConfig(
+            r=0,
+            oft_block_size=4,
+            target_modules=["q_proj"],
+            coft=True,
+            eps=0.05,
+            use_cayley_neumann=False,
+        ),
+    ),
+    "loha_kernel": (
+        "vit",
+        peft.LoHaConfig(r=2, target_modules=["projection"], use_effective_conv2d=True),
+    ),
+    "lokr_kernel": (
+        "vit",
+        peft.LoKrConfig(
+            r=1, target_modules=["projection"], use_effective_conv2d=True, decompose_factor=2
+        ),
+    ),
+    "lokr_kernel_both": (
+        "vit",
+        peft.LoKrConfig(
+            r=1, target_modules=["projection"], use_effective_conv2d=True, decompose_both=True
+        ),
+    ),
+    "lokr_kernel_whole": (
+        "vit",
+        peft.LoKrConfig(r=8, target_modules=["projection"], use_effective_conv2d=True),
+    ),
+    "boft": ("llama", peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "down_proj"])),
+    "boft_biases": ("opt", peft.BOFTConfig(boft_block_size=8, target_modules=["q_proj", "fc2"])),
+    "fourierft": (
+        "llama",
+        peft.FourierFTConfig(n_frequency=90, target_modules=["q_proj", "down_proj"], scaling=9.0),
+    ),
+    "fourierft_conv1d": (
+        "gpt2",
+        peft.FourierFTConfig(
+            n_frequency=50, target_modules=["c_attn"], fan_in_fan_out=True, random_loc_seed=3
+        ),
+    ),
+    "c3a": ("llama", peft.C3AConfig(block_size=8, target_modules=["q_proj", "up_proj"])),
+    "hra": ("llama", peft.HRAConfig(r=4, target_modules=["q_proj", "down_proj"])),
+    "hra_together": ("llama", peft.HRAConfig(r=4, target_modules=["v_proj"], apply_GS=True)),
+    "ln_tuning": ("llama", peft.LNTuningConfig(target_modules=["input_layernorm", "norm"])),
     "vera": ("llama", peft.VeraConfig(r=4, target_modules=["q_proj", "k_proj"])),
     "vera_conv1d": (
         "gpt2",

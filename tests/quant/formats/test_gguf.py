@@ -23,7 +23,7 @@ from tests.checkpoint.gguf_file import LLAMA, Entry, encode, floats, llama
 from tests.quant import decoding
 
 DATA = Path(__file__).parents[2] / "data" / "quant"
-MODELS = ("gguf_llama", "gguf_mixtral", "gguf_qwen2moe", "gguf_gemma2", "gguf_gpt2")
+MODELS = ("gguf_llama", "gguf_mixtral", "gguf_qwen2moe", "gguf_gemma2", "gguf_gpt2", "gguf_gptoss")
 KINDS = {number: kind.name for number, kind in ggml.TYPES.items() if kind.dtype is None}
 
 Tensors = dict[str, torch.Tensor]
@@ -160,6 +160,53 @@ def test_a_gate_of_one_row_is_a_matrix(tmp_path: Path) -> None:
     found = whole(write(tmp_path / "m.gguf", entries, **metadata))
     assert found["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 32)
     assert found["model.layers.0.mlp.experts.0.gate_proj.weight"].shape == (8, 32)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_woven_experts_do_not_depend_on_how_rows_are_divided(step: int) -> None:
+    """Gate and up, whose columns alternate, come out the same however rows are divided."""
+    path = DATA / "gguf_gptoss"
+    decoding.assert_bit_equal(whole(path, step=step), decoding.reference(path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "named"),
+    [
+        (["gate"], "ffn_up_exps.weight"),
+        (["up"], "ffn_gate_exps.weight"),
+        (["gate", "narrow up"], "ffn_up_exps.weight"),
+        (["flat gate", "flat up"], "3 dimensions"),
+    ],
+)
+def test_half_of_the_experts_is_refused(tmp_path: Path, entries: list[str], named: str) -> None:
+    """A gate without what it is woven with, or with one that does not fit, is refused by name."""
+    shapes = {"flat": (64, 32), "narrow": (2, 32, 32)}
+    made = [
+        floats(f"blk.0.ffn_{what}_exps.weight", *shapes.get(how, (2, 64, 32)))
+        for how, _, what in (entry.rpartition(" ") for entry in entries)
+    ]
+    config = json.loads((DATA / "mxfp4_gptoss" / "config.json").read_text())
+    del config["quantization_config"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes))
+    metadata = {key.replace("llama", "gpt-oss"): value for key, value in LLAMA.items()}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(encode(metadata | {"general.architecture": "gpt-oss"}, [*llama()[:1], *made]))
+    with pytest.raises(CheckpointCorrupt, match=named):
+        find(path)
+
+
+def test_the_config_of_gpt_oss_is_made_whole() -> None:
+    """Its rotary embedding is scaled with exact bounds, and experts and windows are its own."""
+    config = checkpoint.open_checkpoint(DATA / "gguf_gptoss").config
+    assert config["rope_scaling"] == {
+        "truncate": False,
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+    } | {key: value for key, value in config["rope_scaling"].items() if key.startswith("beta")}
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (2, 2)
+    assert (config["head_dim"], config["sliding_window"]) == (16, 128)
 
 
 def test_empty_tensors_are_decoded(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from ckptd.errors import CheckpointCorrupt, CheckpointRefused, CheckpointUnsupported
 from ckptd.quant.formula import Arith
 from ckptd.quant.kernels import decode
+from tests.pipeline.stages.conftest import run, weights_of
 from tests.quant import decoding
 
 CASE = Path(__file__).parents[2] / "data" / "quant" / "hqq_all"
@@ -125,6 +126,41 @@ def test_wide_rows_of_codes_are_cut_into_tiles() -> None:
     unpacked = torch.cat([codes >> 4, codes & 15]).half()
     expected = ((unpacked.float() - zero.float()) * scale.float()).half().view(-1, 1000)
     assert torch.equal(out, expected[30:390])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "names"),
+    [
+        ("mixtral", "block_sparse_moe", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_fused_experts_get_their_published_names(
+    tmp_path: Path, model_type: str, module: str, names: tuple[str, str, str]
+) -> None:
+    """Plain experts that were saved as they lie in memory become one weight each, bit for bit."""
+    gate_up = torch.randn(3, 8, 6).bfloat16()
+    down = torch.randn(3, 6, 4).bfloat16()
+    router = torch.randn(3, 6).bfloat16()
+
+    def add(tensors: Tensors) -> None:
+        tensors[f"{LAYER}.mlp.experts.gate_up_proj"] = gate_up
+        tensors[f"{LAYER}.mlp.experts.down_proj"] = down
+        tensors[f"{LAYER}.mlp.gate.weight"] = router
+
+    (tmp_path / "source").mkdir()
+    _write(tmp_path / "source", add, config={"model_type": model_type, "dtype": "bfloat16"})
+    run(tmp_path / "source", "- dequantize: {arith: library}", tmp_path / "out")
+    found = weights_of(tmp_path / "out")
+    base = f"{LAYER}.{module}"
+    assert torch.equal(found[f"{base}.gate.weight"], router)
+    for number in range(3):
+        for name, expected in zip(
+            names, (gate_up[number, :4], gate_up[number, 4:], down[number]), strict=True
+        ):
+            assert torch.equal(found[f"{base}.experts.{number}.{name}.weight"], expected)
+    assert not any("gate_up_proj" in name for name in found)
+    assert found.keys() > decoding.reference(CASE).keys()
 
 
 def _drop(name: str) -> Callable[[Tensors], None]:

@@ -224,6 +224,18 @@ def test_damage_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     assert refused.value.expected is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_wider_scales_of_nvfp4_are_the_same(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Scales that were saved in a wider float, where E4M3 is exact, give the same bits."""
+
+    def widen(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name] = tensors[name].to(dtype)
+
+    path = copies.changed(DATA / NVFP4, tmp_path / "made", tensors=widen)
+    decoding.assert_bit_equal(decoding.decoded(path), decoding.reference(DATA / NVFP4))
+
+
 def test_svdquant_is_refused(tmp_path: Path) -> None:
     """A low-rank part beside the codes cannot become one plain weight silently."""
     name = f"{K}.svdquant_lora_a"

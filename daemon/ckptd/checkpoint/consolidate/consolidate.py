@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptd.checkpoint import beside, index
 from ckptd.checkpoint.consolidate import assets as assets_
-from ckptd.checkpoint.consolidate import names, native
+from ckptd.checkpoint.consolidate import foreign, names, native
 from ckptd.checkpoint.consolidate.gathered import Family, Gathered
 from ckptd.checkpoint.header import StoredTensor
 from ckptd.checkpoint.listing import Listing
@@ -40,6 +40,7 @@ def read(
         OSError: a file cannot be read.
     """
     gathered = family.gather(path, listing)
+    foreign.require_known_names(gathered.tensors, path)
     run = assets_.run_folder(path, run)
     inner = gathered.assets
     config_path = beside.require_config(path, listing, assets, run=run, inner=inner)
@@ -48,6 +49,7 @@ def read(
     tensors, masters, said = _under_own_names(gathered, config, base=base, path=path)
     if not tensors:
         raise CheckpointCorrupt("holds no tensors", path=path)
+    foreign.require_own_order(tensors, config, path)
     tensors, left_out = names.without_aliases(tensors, config)
     return Consolidated(
         gathered=dataclasses.replace(

@@ -168,6 +168,8 @@ class _Reading:
                 continue
             entry = self._entry(fqn, keys, inert.fields(described))
             groups.setdefault(keys[:-1], {})[keys[-1]] = (fqn, entry)
+        # A step or a count beside the model is a state dict of its own, and no model.
+        groups = {k: v for k, v in groups.items() if any(e.shape for _, e in v.values())} or groups
         models = {k: v for k, v in groups.items() if all(key in _CONTAINERS for key in k)}
         chosen = models or groups
         if len(chosen) != 1:

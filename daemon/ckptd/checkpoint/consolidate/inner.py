@@ -1,7 +1,7 @@
 """A model that a trainer has saved for transformers, in a folder below its own checkpoint.
 
 NeMo Automodel (`model/consolidated`), LeRobot (`pretrained_model`), verl (`huggingface`, where it was
-asked for weights), and others that put shards and a consolidated copy side by side. The copy is
+asked for weights), ColossalAI (`modeling`), and others that put shards and a consolidated copy side by side. The copy is
 read, for nothing has to be put together.
 """
 
@@ -19,7 +19,7 @@ from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete
 FOLDERS = (
     "consolidated", "model/consolidated", "pretrained_model", "huggingface", "actor/huggingface",
     "hf", "hf_ckpt", "model", "weights", "policy/hf", "policy/weights/model/consolidated",
-    "policy/huggingface",
+    "policy/huggingface", "modeling",
 )  # fmt: skip
 """Looked into in this order."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.checkpoint import index, pieces, sidefiles, torch_file
+from ckptd.checkpoint.consolidate import foreign
 from ckptd.checkpoint.consolidate.gathered import Gathered, has_plain_weights
 from ckptd.checkpoint.header import FileStamp
 from ckptd.checkpoint.inert import Inert, TensorRef
@@ -23,7 +24,7 @@ from ckptd.checkpoint.torch_file import TorchFile
 from ckptd.errors import CheckpointCorrupt, CheckpointIncomplete, CheckpointUnsupported
 
 INDEX_NAME = "pytorch_model.bin.index.json"
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar", ".ckpt")
 """What a person may name as a single file."""
 _KNOWN = ("pytorch_model.bin", "pytorch_model_fsdp.bin", "pytorch_model/pytorch_model_fsdp.bin")
 _CONTAINERS = (
@@ -89,10 +90,15 @@ class Pickled:
             for known in (INDEX_NAME, *_KNOWN):
                 if known in names:
                     return [known]
-        return [name for name in names if name.endswith(self.suffixes) and _may_hold(name)]
+        found = [name for name in names if name.endswith(self.suffixes) and _may_hold(name)]
+        # A link to another of them is a name for the newest (Composer's latest-rank0.pt).
+        real = {(names[n].dev, names[n].ino) for n in found if not names[n].is_link}
+        return [
+            n for n in found if not names[n].is_link or (names[n].dev, names[n].ino) not in real
+        ]
 
 
-PICKLED = Pickled("pickled", (".bin", ".pt", ".pth"))
+PICKLED = Pickled("pickled", (".bin", ".pt", ".pth", ".pth.tar"))
 LIGHTNING = Pickled("lightning", (".ckpt",))
 
 
@@ -160,6 +166,7 @@ def _state_dict(file: TorchFile) -> tuple[Mapping[Any, Any], int | None]:
             path=file.path,
             hint="save model.state_dict(), not the model: reading a class would run its code",
         )
+    foreign.require_known_file(value, file.path)
     step = value.get("global_step")
     step = step if type(step) is int else None
     if _is_state_dict(value):

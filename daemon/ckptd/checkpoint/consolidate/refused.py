@@ -43,7 +43,10 @@ class Refused:
 
 MEGATRON = Refused(
     "megatron",
-    (re.compile(r"^common\.pt$"), re.compile(r"^(__\d+_\d+\.distcp|metadata\.json)$")),
+    (
+        re.compile(r"(^|/)common\.pt$"),
+        re.compile(r"(^|/)(__\d+_\d+\.distcp|metadata\.json)$"),
+    ),
     "a Megatron-Core distributed checkpoint: its tensors have Megatron's names and fused layouts",
     "convert it with Megatron-Bridge (AutoBridge.export_ckpt) and point ckptd at the result",
 )
@@ -67,10 +70,36 @@ ZERO_UNIVERSAL = Refused(
 )
 SEVERAL_MODELS = Refused(
     "accelerate-models",
-    (re.compile(r"^model_1\.safetensors$"), re.compile(r"^model\.safetensors$")),
+    (
+        re.compile(r"^(pytorch_)?model_1\.(safetensors|bin)$"),
+        re.compile(r"^(pytorch_)?model\.(safetensors|bin)$"),
+    ),
     "a state of accelerate with several models",
     "name the file of one of them, with the folder of its config: FOLDER/model_1.safetensors "
     "--assets MODEL",
+)
+MLX = Refused(
+    "mlx-adapter",
+    (re.compile(r"^adapters\.safetensors$"), re.compile(r"^adapter_config\.json$")),
+    "an adapter of MLX: its matrices lie across those of PEFT",
+    "fuse it with `mlx_lm.fuse` and point ckptd at the result",
+)
+NEMO = Refused(
+    "nemo",
+    (re.compile(r"^[^/]*\.nemo$"),),
+    "an archive of NeMo: its tensors have Megatron's names and fused layouts",
+    "convert it with NeMo's scripts (checkpoint_converters) or Megatron-Bridge, and point ckptd at the "
+    "result",
+)
+SENTENCE_TRANSFORMERS = Refused(
+    "sentence-transformers-parts",
+    (
+        re.compile(r"^modules\.json$"),
+        re.compile(r"^0_[A-Za-z]+/(model\.safetensors|pytorch_model\.bin)$"),
+    ),
+    "a model of sentence-transformers whose first module lies in a folder of its own",
+    "newer versions of sentence-transformers save a transformer at the top: save it again, or "
+    "publish it with its own push_to_hub",
 )
 SEVERAL_FSDP = Refused(
     "accelerate-fsdp-models",

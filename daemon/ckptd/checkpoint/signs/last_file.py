@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 import itertools
 import os
+import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _REWRITERS = frozenset({"value_head.safetensors", "value_head.bin"})
 """LLaMA-Factory takes the value head out of the weights after the Trainer has ended its save."""
 _REWRITERS_S = 3600.0
 _MAX_TRACKER_BYTES = 256
+_ONLY_A_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""No link is followed, and no pipe waited for."""
 ANY = "any"
 """Stands for savers that write the files of any layout in the background."""
 
@@ -84,13 +87,15 @@ def beside(run: Path, layout: str) -> Beside | None:
     for name in (*_TRACKERS.get(layout, ()), *_TRACKERS[ANY]):
         path = run / name
         try:
-            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-                mtime_ns = os.fstat(file.fileno()).st_mtime_ns
+            with os.fdopen(os.open(path, _ONLY_A_FILE), "rb") as file:
+                seen = os.fstat(file.fileno())
+                if not stat.S_ISREG(seen.st_mode):
+                    continue
                 said = file.read(_MAX_TRACKER_BYTES).decode("utf-8", "replace").strip()
         except OSError:
             continue
         digits = "".join(itertools.takewhile(str.isdecimal, reversed(said)))[::-1]
-        return Beside(name=name, mtime_ns=mtime_ns, number=int(digits) if digits else None)
+        return Beside(name=name, mtime_ns=seen.st_mtime_ns, number=int(digits) if digits else None)
     return None
 
 

@@ -36,6 +36,13 @@ _BYTE_TOKENIZERS = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer", "W
 """Tokenizers without a file of their own."""
 _MAX_DEPTH = 3
 _MAX_TEMPLATE_BYTES = 4_000_000
+_MAX_PIECES_BYTES = 100_000_000
+_MAX_PIECES = 2_000_000
+"""A sentencepiece model has some 250,000 pieces and 5 MB; what is far beyond is something else."""
+_LONGEST_VARINT = 10
+"""Bytes of a number in a protocol buffer, which has 64 bits."""
+_NOWHERE = -(1 << 80)
+"""Farther before the beginning than any field is long."""
 
 
 def check(path: Path, files: Iterable[ListedFile]) -> None:
@@ -112,11 +119,23 @@ def _check_json(path: Path) -> None:
 
 def _check_sentencepiece(path: Path) -> None:
     """Walk the fields of the protocol buffer: the last one must end with the file."""
+    if path.stat().st_size > _MAX_PIECES_BYTES:
+        return
     raw = path.read_bytes()
-    if raw[:1] != b"\x0a":
-        return  # not sentencepiece's: a name that others use, too
+    end = _last_field_end(raw) if raw[:1] == b"\x0a" else None  # a name that others use, too
+    if end is not None and end > len(raw):
+        raise CheckpointCorrupt(
+            "is truncated", path=path, expected=f"at least {end} bytes", found=f"{len(raw)}",
+            hint="save again, or take it from the base",
+        )  # fmt: skip
+
+
+def _last_field_end(raw: bytes) -> int | None:
+    """Return where the last field says it ends; None where it is no protocol buffer of pieces."""
     at = 0
-    while at < len(raw):
+    for _ in range(_MAX_PIECES):
+        if at >= len(raw):
+            return at
         key, at = _varint(raw, at)
         match key & 7:
             case 0:
@@ -129,21 +148,24 @@ def _check_sentencepiece(path: Path) -> None:
             case 5:
                 at += 4
             case _:
-                return
-    if at > len(raw):
-        raise CheckpointCorrupt(
-            "is truncated", path=path, expected=f"at least {at} bytes", found=f"{len(raw)}",
-            hint="save again, or take it from the base",
-        )  # fmt: skip
+                return None
+        if at < 0:
+            return None
+    return None
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while at < len(raw):
+    """Return the number at `at` and where it ends: past the end of `raw` where it is cut.
+
+    One that is longer than any ends before everything.
+    """
+    value = 0
+    for shift in range(0, 7 * _LONGEST_VARINT, 7):
+        if at >= len(raw):
+            return value, at + 1
         byte = raw[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-        shift += 7
-    return value, at + 1  # cut within the number: past the end
+    return 0, _NOWHERE

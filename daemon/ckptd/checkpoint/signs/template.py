@@ -8,7 +8,8 @@ from collections import Counter
 _OPEN = re.compile(r"\{[%{#]")
 _CLOSING = {"{%": "%}", "{{": "}}", "{#": "#}"}
 _TOKEN = re.compile(
-    r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[-+]?[%}]\}|[\[({]|[\])}]|['"]""", re.DOTALL
+    r"""'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*"|[-+]?[%}]\}|[\[({]|[\])}]|['"]""",
+    re.DOTALL,
 )
 _PAIRED = ("if", "for", "macro")
 """Tags that are closed by `end` and their name, without exception."""

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.models import casting
+from ckptd.models.loading import memory
 from ckptd.models.loading.report import LoadingInfo
 from ckptd.plan import fill, fill_decoded
 from ckptd.plan.fill import Filling
@@ -251,7 +252,7 @@ def _empty(
 ) -> torch.Tensor:
     in_fp32 = kept_in_fp32 is not None and kept_in_fp32.search(name) is not None
     dtype = torch.float32 if in_fp32 else slot.tensor.dtype
-    return torch.empty(slot.tensor.shape, dtype=dtype, device=device)
+    return memory.empty(slot.tensor.shape, dtype, device)
 
 
 def _renew_missing(

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ckptd.models.generation.generation import GenerationMixin
 from ckptd.models.layers import activations
-from ckptd.models.layers.outputs import ModelOutput, Tensors
+from ckptd.models.layers.outputs import ModelOutput, NextSentencePredictorOutput, Tensors
 from ckptd.models.native import encoder, encoder_heads, heads, record
 
 _TIES = {
@@ -197,6 +197,99 @@ class BertForPreTraining(encoder_heads.VocabularyHead, BertPreTrainedModel):
             attentions=body.attentions,
         )
         return record.answer(self.config, return_dict, output)
+
+
+class BertSentenceHead(nn.Module):
+    """Whether the second sentence follows the first."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled_BD: torch.Tensor) -> torch.Tensor:
+        """Map (B, D) to (B, 2)."""
+        logits_B2: torch.Tensor = self.seq_relationship(pooled_BD)
+        return logits_B2
+
+
+class BertForNextSentencePrediction(encoder_heads.EncoderHead, BertPreTrainedModel):
+    """Whether the second sentence follows the first, read at the pooled first position."""
+
+    body_class = BertModel
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self._add_body(config, with_pooler=True)
+        self.cls = BertSentenceHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Give logits (B, 2), and with `labels` (B,), 0 where it follows, the mean loss.
+
+        Returns:
+            `NextSentencePredictorOutput`, or its fields as a tuple.
+        """
+        body = self.base_model(
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            return_dict=True,
+            **options,
+        )
+        logits_B2 = self.cls(body.pooler_output)
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits_B2, labels.view(-1).to(logits_B2.device))
+        output = NextSentencePredictorOutput(
+            loss=loss,
+            logits=logits_B2,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
+        return record.answer(self.config, return_dict, output)
+
+
+class BertForMultipleChoice(encoder_heads.MultipleChoice, BertPreTrainedModel):
+    """Which of several continuations is right."""
+
+    body_class = BertModel
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self._add_head(config, dropout=config.head_dropout)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Score the choices (B, N, T); see `encoder_heads.MultipleChoice.choose`."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self.choose(inputs, labels, return_dict, options)
 
 
 class BertForSequenceClassification(encoder_heads.SequenceClassification, BertPreTrainedModel):

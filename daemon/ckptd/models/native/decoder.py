@@ -42,7 +42,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    can_record_outputs: ClassVar[dict[str, Any]] = {
+    _can_record_outputs: ClassVar[dict[str, Any] | None] = {
         "hidden_states": DecoderLayer,
         "attentions": Attention,
     }

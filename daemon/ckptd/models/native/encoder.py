@@ -299,6 +299,11 @@ class EncoderPreTrainedModel(PreTrainedModel):
     """What BERT and RoBERTa classes share."""
 
     supports_gradient_checkpointing = True
+    _can_record_outputs = {  # noqa: RUF012 - ClassVar in the base
+        "hidden_states": Layer,
+        "attentions": SelfAttention,
+        "cross_attentions": SelfAttention,
+    }
     _supports_sdpa = True
     _input_embed_layer = "word_embeddings"
 

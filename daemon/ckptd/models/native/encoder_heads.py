@@ -3,7 +3,7 @@
 The body stands under `base_model_prefix` (`bert`, `roberta`). Every forward takes what the body
 takes (see `encoder.EncoderModel.forward`) and `labels`.
 
-Shapes: B batch, T positions, D hidden size, V vocabulary, C classes.
+Shapes: B batch, T positions, D hidden size, V vocabulary, C classes, N choices.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ckptd.models.layers.outputs import (
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
+    MultipleChoiceModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -285,4 +287,49 @@ class QuestionAnswering(EncoderHead):
             **options,
         )
         output = heads.span_output(self.qa_outputs, body, start_positions, end_positions)
+        return record.answer(self.config, return_dict, output)
+
+
+class MultipleChoice(EncoderHead):
+    """One score a choice, read at the pooled first position; choices are scored alone."""
+
+    def _add_head(self, config: EncoderConfig, *, dropout: float) -> None:
+        self._add_body(config, with_pooler=True)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def choose(
+        self,
+        inputs: dict[str, torch.Tensor | None],
+        labels: torch.Tensor | None,
+        return_dict: bool | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """Score the choices, N a row; `labels` (B,) name the right one.
+
+        `inputs` are those of the body by name, each (B, N, T) or `inputs_embeds` (B, N, T, D).
+
+        Returns:
+            `MultipleChoiceModelOutput` with logits (B, N), or its fields as a tuple.
+
+        Raises:
+            ValueError: neither tokens nor vectors are given.
+        """
+        given = {name: value for name, value in inputs.items() if value is not None}
+        first = given.get("input_ids", given.get("inputs_embeds"))
+        if first is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        flat = {name: value.flatten(0, 1) for name, value in given.items()}
+        body = self.base_model(**flat, return_dict=True, **options)
+        logits_BN = self.classifier(self.dropout(body.pooler_output)).view(-1, first.shape[1])
+        loss = None
+        if labels is not None:
+            loss = functional.cross_entropy(logits_BN, labels.to(logits_BN.device))
+        output = MultipleChoiceModelOutput(
+            loss=loss,
+            logits=logits_BN,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
         return record.answer(self.config, return_dict, output)

@@ -24,7 +24,7 @@ from ckptd.models.layers.outputs import (
     TokenClassifierOutput,
 )
 from ckptd.models.native import heads, keys, record
-from ckptd.models.native.gpt2_layers import Conv1D, GPT2Block
+from ckptd.models.native.gpt2_layers import Conv1D, GPT2Attention, GPT2Block
 
 
 class GPT2Config(PreTrainedConfig):
@@ -72,6 +72,11 @@ class GPT2PreTrainedModel(PreTrainedModel):
     config_class = GPT2Config
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    _can_record_outputs = {  # noqa: RUF012 - ClassVar in the base
+        "hidden_states": GPT2Block,
+        "attentions": GPT2Attention,
+        "cross_attentions": GPT2Attention,
+    }
     _supports_sdpa = True
     _no_split_modules = ["GPT2Block"]  # noqa: RUF012 - ClassVar in the base
     _keys_to_ignore_on_load_unexpected = ["attn.bias", "crossattention.bias"]  # noqa: RUF012

@@ -25,7 +25,7 @@ from ckptd.models.layers.outputs import (
     TokenClassifierOutput,
 )
 from ckptd.models.native import heads, keys, record
-from ckptd.models.native.gpt_neox_layers import GPTNeoXLayer
+from ckptd.models.native.gpt_neox_layers import GPTNeoXAttention, GPTNeoXLayer
 
 
 class GPTNeoXConfig(PreTrainedConfig):
@@ -71,6 +71,10 @@ class GPTNeoXPreTrainedModel(PreTrainedModel):
     config_class = GPTNeoXConfig
     base_model_prefix = "gpt_neox"
     supports_gradient_checkpointing = True
+    _can_record_outputs = {  # noqa: RUF012 - ClassVar in the base
+        "hidden_states": GPTNeoXLayer,
+        "attentions": GPTNeoXAttention,
+    }
     _supports_sdpa = True
     _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - ClassVar in the base
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 - ClassVar in the base

@@ -12,8 +12,8 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
-from ckptd.models.native.experts import Mixture
+from ckptd.models.native.decoder_layers import Attention, DecoderLayer, Traits, head_size
+from ckptd.models.native.experts import Mixture, SparseBlock
 
 
 class MixtralConfig(PreTrainedConfig):
@@ -62,6 +62,11 @@ class MixtralPreTrainedModel(DecoderPreTrainedModel):
     """What Mixtral models share."""
 
     config_class = MixtralConfig
+    _can_record_outputs: ClassVar[dict[str, Any] | None] = {
+        "router_logits": SparseBlock,
+        "hidden_states": DecoderLayer,
+        "attentions": Attention,
+    }
     _no_split_modules: ClassVar[list[str] | None] = ["MixtralDecoderLayer"]
     _layer_class = MixtralDecoderLayer
 

@@ -11,8 +11,8 @@ from ckptd.models.native.decoder_heads import (
     DecoderForSequenceClassification,
     DecoderForTokenClassification,
 )
-from ckptd.models.native.decoder_layers import DecoderLayer, Traits, head_size
-from ckptd.models.native.experts import Mixture
+from ckptd.models.native.decoder_layers import Attention, DecoderLayer, Traits, head_size
+from ckptd.models.native.experts import Mixture, SparseBlock
 
 
 class Qwen3MoeConfig(PreTrainedConfig):
@@ -69,6 +69,11 @@ class Qwen3MoePreTrainedModel(DecoderPreTrainedModel):
     """What Qwen3Moe models share."""
 
     config_class = Qwen3MoeConfig
+    _can_record_outputs: ClassVar[dict[str, Any] | None] = {
+        "router_logits": SparseBlock,
+        "hidden_states": DecoderLayer,
+        "attentions": Attention,
+    }
     _no_split_modules: ClassVar[list[str] | None] = ["Qwen3MoeDecoderLayer"]
     _layer_class = Qwen3MoeDecoderLayer
 

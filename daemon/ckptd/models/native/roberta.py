@@ -190,3 +190,34 @@ class RobertaForQuestionAnswering(encoder_heads.QuestionAnswering, RobertaPreTra
     """Where the answer starts and ends."""
 
     body_class = RobertaModel
+
+
+class RobertaForMultipleChoice(encoder_heads.MultipleChoice, RobertaPreTrainedModel):
+    """Which of several continuations is right."""
+
+    body_class = RobertaModel
+
+    def __init__(self, config: RobertaConfig) -> None:
+        super().__init__(config)
+        self._add_head(config, dropout=config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Score the choices (B, N, T); see `encoder_heads.MultipleChoice.choose`."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self.choose(inputs, labels, return_dict, options)

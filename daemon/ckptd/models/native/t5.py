@@ -4,6 +4,8 @@ Parameter names are those of the Hub's checkpoints
 (`encoder.block.0.layer.0.SelfAttention.q.weight`). Both stacks read the one embedding `shared`; the
 head is the same matrix unless `config.tie_word_embeddings` is False (T5 1.1).
 
+The heads that classify are in `t5_heads`.
+
 Shapes: B batch, T decoder positions, S encoder positions, H heads, D hidden size, V vocabulary.
 """
 
@@ -24,18 +26,18 @@ from ckptd.models.layers.outputs import (
 from ckptd.models.native import heads, keys, record
 from ckptd.models.native.t5_stack import T5Config, T5PreTrainedModel, T5Stack
 
-_STACK_TIES = {
+STACK_TIES = {
     "encoder.embed_tokens.weight": "shared.weight",
     "decoder.embed_tokens.weight": "shared.weight",
 }
-_STRAY_KEYS = [r"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
+STRAY_KEYS = [r"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"]
 """What the first checkpoints of T5 hold besides."""
 
 
 class T5PairedModel(T5PreTrainedModel):
     """Encoder, decoder and the embedding that both read."""
 
-    _keys_to_ignore_on_load_unexpected = _STRAY_KEYS
+    _keys_to_ignore_on_load_unexpected = STRAY_KEYS
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
@@ -82,7 +84,7 @@ class T5PairedModel(T5PreTrainedModel):
 class T5Model(T5PairedModel):
     """Both halves without head."""
 
-    _tied_weights_keys = _STACK_TIES
+    _tied_weights_keys = STACK_TIES
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
@@ -128,14 +130,14 @@ class T5Model(T5PairedModel):
             },
             options,
         )
-        output = Seq2SeqModelOutput(decoded.last_hidden_state, *_recorded(encoded, decoded))
+        output = Seq2SeqModelOutput(decoded.last_hidden_state, *recorded(encoded, decoded))
         return record.answer(self.config, return_dict, output)
 
 
 class T5ForConditionalGeneration(T5PairedModel, GenerationMixin):
     """Both halves with logits over the vocabulary."""
 
-    _tied_weights_keys = _STACK_TIES | {"lm_head.weight": "shared.weight"}
+    _tied_weights_keys = STACK_TIES | {"lm_head.weight": "shared.weight"}
 
     def __init__(self, config: T5Config) -> None:
         super().__init__(config)
@@ -190,7 +192,7 @@ class T5ForConditionalGeneration(T5PairedModel, GenerationMixin):
             hidden_BTD = hidden_BTD * self.model_dim**-0.5
         logits_BTV = self.lm_head(hidden_BTD)
         loss = None if labels is None else heads.position_loss(logits_BTV, labels)
-        output = Seq2SeqLMOutput(loss, logits_BTV, *_recorded(encoded, decoded))
+        output = Seq2SeqLMOutput(loss, logits_BTV, *recorded(encoded, decoded))
         return record.answer(self.config, return_dict, output)
 
 
@@ -235,7 +237,7 @@ class T5EncoderModel(T5PreTrainedModel):
         )
 
 
-def _recorded(encoded: Any, decoded: Any) -> tuple[Any, ...]:
+def recorded(encoded: Any, decoded: Any) -> tuple[Any, ...]:
     """Return what both halves kept, in the order of the outputs' fields."""
     return (
         decoded.past_key_values,

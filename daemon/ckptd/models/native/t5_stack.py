@@ -17,7 +17,9 @@ from ckptd.models.native import heads, keys, record
 from ckptd.models.native.t5_layers import (
     RelativeAttentionBias,
     T5Block,
+    T5LayerCrossAttention,
     T5LayerNorm,
+    T5LayerSelfAttention,
     T5Projection,
 )
 
@@ -95,6 +97,11 @@ class T5PreTrainedModel(PreTrainedModel):
     config_class = T5Config
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    _can_record_outputs = {  # noqa: RUF012 - ClassVar in the base
+        "hidden_states": T5Block,
+        "attentions": T5LayerSelfAttention,
+        "cross_attentions": T5LayerCrossAttention,
+    }
     _supports_sdpa = True
     _no_split_modules = ["T5Block"]  # noqa: RUF012 - ClassVar in the base
     _keep_in_fp32_modules = ["wo"]  # noqa: RUF012 - ClassVar in the base

@@ -9,16 +9,22 @@ class token first), H heads, D hidden size, K head size, L classes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ckptd.models.base import PreTrainedModel
 from ckptd.models.checkpointing import GradientCheckpointingLayer
 from ckptd.models.config.config import PreTrainedConfig
 from ckptd.models.layers import activations, attention
-from ckptd.models.layers.outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from ckptd.models.layers.outputs import (
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
 from ckptd.models.native import heads, keys, record
 from ckptd.models.native.vit_embeddings import ViTEmbeddings
 
@@ -187,6 +193,10 @@ class ViTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
+    _can_record_outputs = {  # noqa: RUF012 - ClassVar in the base
+        "hidden_states": ViTLayer,
+        "attentions": ViTAttention,
+    }
     _supports_sdpa = True
     _no_split_modules = ["ViTEmbeddings", "ViTLayer"]  # noqa: RUF012 - ClassVar in the base
     _input_embed_layer = "patch_embeddings"
@@ -301,3 +311,77 @@ class ViTForImageClassification(ViTPreTrainedModel):
             attentions=body.attentions,
         )
         return record.answer(self.config, return_dict, output)
+
+
+class ViTForMaskedImageModeling(ViTPreTrainedModel):
+    """The body with a mask token, and the pixels of every patch as it thinks they are."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__(config)
+        self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        stride = config.encoder_stride
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(stride),
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Read images (B, C, Y, X); with masked patches (B, P) the loss is their absolute error.
+
+        Returns:
+            `MaskedImageModelingOutput` with a reconstruction like the images, or its fields as a
+            tuple.
+
+        Raises:
+            ValueError: masked patches that are not as long as `encoder_stride`.
+        """
+        size = self.config.patch_size
+        if bool_masked_pos is not None and size != self.config.encoder_stride:
+            raise ValueError(
+                "bool_masked_pos needs `patch_size` to be `encoder_stride`, so that the "
+                f"reconstruction is as large as the image: found {size} and "
+                f"{self.config.encoder_stride}"
+            )
+        body = self.vit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            return_dict=True,
+            **options,
+        )
+        patches_BPD = body.last_hidden_state[:, 1:]
+        side = math.isqrt(patches_BPD.shape[1])
+        made_BCYX = self.decoder(patches_BPD.transpose(1, 2).unflatten(2, (side, side)))
+        loss = None
+        if bool_masked_pos is not None:
+            loss = self._masked_error(pixel_values, made_BCYX, bool_masked_pos)
+        output = MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=made_BCYX,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+        )
+        return record.answer(self.config, return_dict, output)
+
+    def _masked_error(
+        self, image_BCYX: Any, made_BCYX: torch.Tensor, masked_BP: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the mean absolute error of the pixels in masked patches."""
+        size = self.config.patch_size
+        side = self.config.image_size // size
+        masked_B1YX = masked_BP.reshape(-1, 1, side, side)
+        masked_B1YX = masked_B1YX.repeat_interleave(size, 2).repeat_interleave(size, 3)
+        error_BCYX = functional.l1_loss(image_BCYX, made_BCYX, reduction="none")
+        total: torch.Tensor = (error_BCYX * masked_B1YX).sum() / (masked_B1YX.sum() + 1e-5)
+        loss: torch.Tensor = total / self.config.num_channels
+        return loss

@@ -22,12 +22,14 @@ _TOKENS = re.compile(
     r"(?P<module>.+?)\.(?:token_adapter\.)?trainable_tokens_delta(?:\.(?P<adapter>[^.]+))?"
 )
 _SAVED = re.compile(
-    r"(?P<module>.+?)\.modules_to_save\.(?:(?P<adapter>[^.]+)\.)?(?P<leaf>weight|bias)"
+    r"(?P<module>.+?)\.(?:modules_to_save|ln_tuning_layers)\."
+    r"(?:(?P<adapter>[^.]+)\.)?(?P<leaf>weight|bias)"
 )
 _OTHER = re.compile(
     r"(?P<module>.+?)\."
     r"(?P<kind>lora_E|ia3_l|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|vera_lambda_[bd]"
-    r"|oft_R)(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
+    r"|oft_R|boft_[Rs]|fourierft_spectrum|c3a_kernel|hra_u)"
+    r"(?:\.(?!weight$)(?P<adapter>[^.]+))?(?:\.weight)?"
 )
 _SHARED = re.compile(r"(?:base_model\.)?(?P<kind>vera_[AB])(?:\.(?P<adapter>[^.]+))?")
 _ORIGINAL = re.compile(r".+\.original_module\..+")

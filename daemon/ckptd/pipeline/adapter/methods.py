@@ -1,7 +1,7 @@
-"""PEFT's methods besides LoRA that change weights: AdaLoRA, (IA)3, LoHa, LoKr, VeRA, OFT.
+"""PEFT's methods besides LoRA that change weights by products: AdaLoRA, (IA)3, LoHa, LoKr, VeRA.
 
-Each is said in the expressions of a plan; what a method can do that is not here (tensors of
-convolutions in more than two dimensions, matrices that were not saved) is refused by name.
+Each is said in the expressions of a plan; what a method can do that is not here (matrices that were
+not saved) is refused by name. Those that rotate or add waves are in `turning`.
 Source: PEFT 0.21, the `layer` module of each method.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.pipeline.adapter import turning
 from ckptd.pipeline.adapter.expressions import reshaped
 from ckptd.pipeline.adapter.keys import Factors, Keys
 from ckptd.plan import expression
@@ -20,9 +21,10 @@ from ckptd.plan.nodes import Change, Changed, Columns, Expression
 if TYPE_CHECKING:
     from ckptd.pipeline.adapter.merging import Merge
 
-_KINDS = {"ADALORA": "lora_E", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "VERA": "vera_"} | {
-    "OFT": "oft_"
-}
+_KINDS = {
+    "ADALORA": "lora_E", "IA3": "ia3_", "LOHA": "hada_", "LOKR": "lokr_", "VERA": "vera_",
+    "OFT": "oft_", "BOFT": "boft_", "FOURIERFT": "fourierft_", "C3A": "c3a_", "HRA": "hra_",
+}  # fmt: skip
 """How the tensors of a method begin."""
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
@@ -41,8 +43,8 @@ def apply(merge: Merge, others: Mapping[str, Mapping[str, str]]) -> None:
             _scale(merge, module, parts["ia3_l"])
         elif kind.startswith("hada_"):
             _add_hadamard(merge, module, parts)
-        elif kind == "oft_R":
-            _rotate(merge, module, parts["oft_R"])
+        elif kind in turning.KINDS:
+            turning.apply(merge, module, parts)
         elif kind.startswith("lokr_"):
             _add_kronecker(merge, module, parts)
         else:
@@ -113,7 +115,8 @@ def _add_hadamard(merge: Merge, module: str, parts: Mapping[str, str]) -> None:
     )
     name = parts[_LOHA[0]]
     if any(kind.startswith("hada_t") for kind in parts):
-        merge.settings.refuse("LoHa of a convolution's kernel is not merged", tensor=module)
+        _add_hadamard_kernel(merge, module, parts)
+        return
     place, value = _matrix(merge, module, name, left.shape[0], right.shape[1])
     scale = merge.settings.scale(module, right.shape[0])
     merge.made[place] = Changed(
@@ -127,44 +130,82 @@ def _add_hadamard(merge: Merge, module: str, parts: Mapping[str, str]) -> None:
     )
 
 
+def _add_hadamard_kernel(merge: Merge, module: str, parts: Mapping[str, str]) -> None:
+    """Add LoHa's product of two products for a convolution, each with a core for its kernel."""
+    left, right, other_left, other_right = (merge.adapter[parts[kind]] for kind in _LOHA)
+    cores = [merge.adapter[_part(merge, module, parts, kind)] for kind in ("hada_t1", "hada_t2")]
+    name = parts[_LOHA[0]]
+    shapes = [_of_kernel(merge, name, core, left, right) for core in cores]
+    if left.shape != other_left.shape or right.shape != other_right.shape or len({*shapes}) != 1:
+        merge.misfit(name, left.shape, other_left.shape)
+    rows, width, kernel = shapes[0]
+    place, value = _matrix(merge, module, name, rows, width)
+    by_row = tuple(Columns(one, count=rows, turned=True) for one in (left, other_left))
+    core, other_core = (reshaped(one, (*one.shape[:2], kernel)) for one in cores)
+    merge.made[place] = Changed(
+        value,
+        width,
+        Change.HADAMARD_KERNEL,
+        by_row,
+        (core, right, other_core, other_right),
+        merge.settings.scale(module, right.shape[0]),
+        merge.dtype(place),
+    )
+
+
+def _of_kernel(
+    merge: Merge, name: str, core: Expression, left: Expression, right: Expression
+) -> tuple[int, int, int]:
+    """Return rows, columns with the kernel, and kernel of a core `(rank, rank, ...)` times two matrices."""
+    rank = core.shape[0]
+    if len(core.shape) < 3 or {core.shape[1], left.shape[0], right.shape[0]} != {rank}:
+        merge.misfit(name, (rank, rank), (left.shape[0], right.shape[0]))
+    kernel = math.prod(core.shape[2:])
+    return left.shape[1], right.shape[1] * kernel, kernel
+
+
 def _add_kronecker(merge: Merge, module: str, parts: Mapping[str, str]) -> None:
     """Add LoKr's Kronecker product, of matrices that are whole or products themselves."""
     outer, outer_shape = _whole_or_product(merge, module, parts, "lokr_w1")
-    inner, inner_shape = _whole_or_product(merge, module, parts, "lokr_w2")
     name = next(iter(parts.values()))
-    if "lokr_t2" in parts or len(inner_shape) != 2:
-        merge.settings.refuse("LoKr of a convolution's kernel is not merged", tensor=module)
-    width = outer_shape[1] * inner_shape[1]
-    place, value = _matrix(merge, module, name, outer_shape[0] * inner_shape[0], width)
+    if "lokr_t2" in parts:
+        core, left, right = (
+            merge.adapter[_part(merge, module, parts, kind)]
+            for kind in ("lokr_t2", "lokr_w2_a", "lokr_w2_b")
+        )
+        rows, columns, kernel = _of_kernel(merge, name, core, left, right)
+        inner = [reshaped(core, (*core.shape[:2], kernel)), left, right]
+    else:
+        inner, (rows, columns) = _inner(merge, module, parts)
+    width = outer_shape[1] * columns
+    place, value = _matrix(merge, module, name, outer_shape[0] * rows, width)
     change = {
         (1, 1): Change.KRONECKER,
         (2, 1): Change.KRONECKER_LEFT,
         (1, 2): Change.KRONECKER_RIGHT,
         (2, 2): Change.KRONECKER_BOTH,
-    }[len(outer), len(inner)]
+    }.get((len(outer), len(inner)), Change.KRONECKER_KERNEL)
     scale = merge.settings.scale(module, None)
     merge.made[place] = Changed(
         value, width, change, (), (*outer, *inner), scale, merge.dtype(place)
     )
 
 
-def _rotate(merge: Merge, module: str, name: str) -> None:
-    """Rotate a module's inputs, stretch by stretch (OFT)."""
-    above = merge.adapter[name]
-    place = merge.place(f"{module}.weight", name)
-    merge.claim(place, name)
-    value = merge.now(place, exact=True)
-    if len(value.shape) != 2 or merge.settings.turned or value.shape[0] == 1:
-        merge.settings.refuse("OFT is merged into linear weights alone", tensor=name)
-    width = value.shape[1]
-    size = (1 + math.isqrt(1 + 8 * above.shape[-1])) // 2
-    fits = len(above.shape) == 2 and size * (size - 1) // 2 == above.shape[1] and size
-    if not fits or width % size or above.shape[0] not in (1, width // size):
-        merge.misfit(name, value.shape, above.shape)
-    terms = float(merge.settings.terms)
-    dtype = merge.dtype(place)
-    merge.made[place] = Changed(value, width, Change.ROTATION, (), (above,), terms, dtype)
-    merge.trained.add(place)
+def _inner(
+    merge: Merge, module: str, parts: Mapping[str, str]
+) -> tuple[list[Expression], tuple[int, int]]:
+    """Return LoKr's second matrix, or the two it is the product of, and `(rows, columns)` with the kernel."""
+    inner, shape = _whole_or_product(merge, module, parts, "lokr_w2")
+    if len(shape) == 3:
+        merge.settings.refuse(
+            "LoKr whose second matrix is a whole kernel of one dimension is not merged: PEFT puts its "
+            "elements in another order than the weight has",
+            tensor=module,
+        )
+    width = math.prod(shape[1:])
+    if len(inner) == 1:
+        inner = [reshaped(inner[0], (shape[0], width))]
+    return inner, (shape[0], width)
 
 
 def _add_vera(

@@ -18,7 +18,10 @@ from ckptd.errors import StageRefused
 T = TypeVar("T")
 
 STAGE = "merge"
-_METHODS = ("LORA", "TRAINABLE_TOKENS", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT")
+_METHODS = (
+    "LORA", "TRAINABLE_TOKENS", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "BOFT", "FOURIERFT",
+    "C3A", "HRA", "LN_TUNING",
+)  # fmt: skip
 _OF_INPUTS = {
     "PROMPT_TUNING": "prepends virtual tokens to the input",
     "MULTITASK_PROMPT_TUNING": "prepends virtual tokens to the input",
@@ -41,7 +44,6 @@ _OTHER_VARIANTS = (
     "kasa_config",
     "monteclora_config",
     "velora_config",
-    "coft",
     "megatron_config",
 )
 """Settings that change what is computed, or where, in ways that are not merged here."""
@@ -53,7 +55,9 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 class Settings:
     """What adapter_config.json says; `token_indices` are by module, or for the input embedding.
 
-    `terms` are those of OFT's series, 0 where it has none. `revision` is the base's on the Hub, where the adapter names one; `task` is PEFT's task type.
+    `terms` are those of OFT's series, 0 where it has none, and `bound` what keeps its rotations small.
+    `spectrum` are FourierFT's factor and seed; `together` says that HRA's planes are made
+    perpendicular to each other. `revision` is the base's on the Hub, where the adapter names one; `task` is PEFT's task type.
     """
 
     path: Path
@@ -68,6 +72,9 @@ class Settings:
     dora: bool
     turned: bool
     terms: int
+    bound: float | None
+    spectrum: tuple[float, int]
+    together: bool
     task: str | None
     modules_to_save: tuple[str, ...]
     token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -135,6 +142,9 @@ def read(config: Mapping[str, Any], path: Path) -> Settings:
             dora=bool(config.get("use_dora")),
             turned=bool(config.get("fan_in_fan_out")),
             terms=_terms(config),
+            bound=float(config.get("eps", 6e-5)) if config.get("coft") else None,
+            spectrum=(float(config.get("scaling", 150.0)), int(config.get("random_loc_seed") or 0)),
+            together=bool(config.get("apply_GS")),
             task=config.get("task_type") or None,
             modules_to_save=tuple(config.get("modules_to_save") or ()),
             token_indices=_indices(tokens),

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from ckptd import units
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.header import StoredTensor
 from ckptd.errors import StageRefused
 from ckptd.models import architectures
 from ckptd.pipeline.stage import Patterns, Stage, StageContext, StageOptions
@@ -202,7 +203,9 @@ def _replaced(
     home: dict[str, str] = {}
     for name, new, group in dequantize.arranged(draft.tensors, found, taken=taken, kept=kept):
         value = draft.tensors[name]
-        if group is not None:
+        if isinstance(group, StoredTensor):
+            value = expression.load(group)
+        elif group is not None:
             value = dequantize.weight(group, dtype=dtype or group.dtype, arith=Arith(options.arith))
         if new in tensors:
             raise StageRefused(

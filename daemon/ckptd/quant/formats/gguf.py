@@ -8,6 +8,7 @@ Source: the GGUF specification, llama.cpp's converters; values as gguf-py dequan
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -56,7 +57,9 @@ class GgufFormat:
                 dropped.append(name)
                 continue
             found = model.place(name)
-            if model.is_kept(tensor, found):
+            if found.is_second:
+                model.require_partner(tensor, found)  # which is decoded for both
+            elif model.is_kept(tensor, found):
                 renamed.append((name, found.name))
             else:
                 groups += model.groups(tensor, found)
@@ -86,6 +89,35 @@ class _Model:
             )
         return found
 
+    def require_partner(self, tensor: StoredTensor, found: Place) -> StoredTensor:
+        """Return the tensor that has the other half of a weight's columns.
+
+        Raises:
+            CheckpointCorrupt: there is none, or one of another shape or type; or they are not
+                matrices of experts, or plain biases of them.
+        """
+        assert found.partner is not None
+        partner = self.stored.tensors.get(found.partner)
+        axes = 3 if found.kind == "weight" else 2
+        is_block = tensor.spec.name in self.stored.encodings
+        if len(tensor.spec.shape) != axes or (is_block and found.kind != "weight"):
+            what = "is not one matrix or one plain vector an expert"
+            raise self._wrong(tensor, what, f"{axes} dimensions")
+        if partner is None or self._described(partner) != self._described(tensor):
+            raise CheckpointCorrupt(
+                "is half of a weight, and the other half is not there or does not fit",
+                path=tensor.extent.path,
+                tensor=tensor.spec.name,
+                expected=f"{found.partner}, {self._described(tensor)}",
+                found="none" if partner is None else self._described(partner),
+                hint="copy the file again, or take the model's own safetensors files",
+            )
+        return partner
+
+    def _described(self, tensor: StoredTensor) -> str:
+        spec = tensor.spec
+        return f"{self.stored.encodings.get(spec.name, spec.dtype)} {list(spec.shape)}"
+
     def is_kept(self, tensor: StoredTensor, found: Place) -> bool:
         """Return whether a tensor only changes its name."""
         changed = found.of_experts or self.head_rows(tensor, found) > 1
@@ -98,8 +130,9 @@ class _Model:
         return self.naming.shifted and found.module.endswith("norm")
 
     def is_transposed(self, tensor: StoredTensor, found: Place) -> bool:
-        """Return whether it is the matrix of a `Conv1D`."""
-        return found.module in self.naming.transposed and len(tensor.spec.shape) == 2
+        """Return whether it is the matrix of a `Conv1D`, or matrices of experts that lie so."""
+        is_weight = found.kind == "weight" and len(tensor.spec.shape) >= 2
+        return is_weight and found.module in self.naming.transposed
 
     def head_rows(self, tensor: StoredTensor, found: Place) -> int:
         """Return the rows of each head whose rows are interleaved; 1 where none are.
@@ -131,26 +164,42 @@ class _Model:
             shape = (*shape[:-1], shape[-1] // kind.block_bytes * kind.elements)
         if found.module == "ffn_gate_inp_shexp" and len(shape) == 1:
             return (1, *shape)  # the first converters wrote this matrix of one row as a vector
-        return (shape[1], shape[0]) if self.is_transposed(tensor, found) else shape
+        if self.is_transposed(tensor, found):
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        return shape if found.partner is None else (*shape[:-1], shape[-1] * 2)
 
     def groups(self, tensor: StoredTensor, found: Place) -> Iterator[Group]:
         """Yield the weights that a tensor is: one, or one an expert."""
         shape = self.shape(tensor, found)
         part, encoding = self._part(tensor, shape, found)
+        consumed = [tensor.spec.name]
+        partner = None
+        if found.partner is not None:
+            other = self.require_partner(tensor, found)
+            consumed.append(other.spec.name)
+            partner, _ = self._part(other, shape, found)
+        stacked = found.of_experts or (self.is_transposed(tensor, found) and len(shape) > 2)
+        if found.of_experts and len(shape) != 3:
+            raise self._wrong(tensor, "is not one matrix an expert", "three dimensions")
+        count = shape[0] if stacked else 1
+        partners = [None] * count if partner is None else parts.stacked(partner, count)
+        formulas = [
+            self._formula(tensor, found, one, other_one, shape[1:] if stacked else shape, encoding)
+            for one, other_one in zip(parts.stacked(part, count), partners, strict=True)
+        ]
+        whole = Group(
+            name=found.name,
+            shape=shape,
+            formulas=tuple(formulas),
+            consumed=tuple(consumed),
+            scheme=_scheme(encoding),
+        )
         if not found.of_experts:
-            yield self._group(tensor, found, part, shape, encoding, name=found.name)
+            yield whole
             return
-        if len(shape) != 3:
-            raise CheckpointCorrupt(
-                "is not one matrix an expert",
-                path=tensor.extent.path,
-                tensor=tensor.spec.name,
-                expected="three dimensions",
-                found=f"{list(shape)}",
-            )
-        for number, one in enumerate(parts.stacked(part, shape[0])):
+        for number, formula in enumerate(formulas):
             name = found.name.format(number)
-            yield self._group(tensor, found, one, shape[1:], encoding, name=name)
+            yield dataclasses.replace(whole, name=name, shape=shape[1:], formulas=(formula,))
 
     def _part(self, tensor: StoredTensor, shape: tuple[int, ...], found: Place) -> tuple[Part, str]:
         """Return the stored bytes as rows of blocks, and the type of these."""
@@ -171,20 +220,20 @@ class _Model:
         width = 1 if len(shape) == 1 else tensor.spec.shape[-1]
         return parts.part(tensor, columns=width * dtype.bits // 8, dtype=Dtype.U8), dtype.value
 
-    def _group(
+    def _formula(
         self,
         tensor: StoredTensor,
         found: Place,
         part: Part,
+        partner: Part | None,
         shape: tuple[int, ...],
         encoding: str,
-        *,
-        name: str,
-    ) -> Group:
+    ) -> Gguf:
         shift = -1.0 if self.is_shifted(found) else 0.0
         plain = encoding not in ggml.BLOCK_TYPES and not shift
-        formula = Gguf(
+        return Gguf(
             blocks=part,
+            partner=partner,
             encoding=encoding,
             columns=1 if len(shape) == 1 else shape[-1],
             head_rows=self.head_rows(tensor, found),
@@ -192,12 +241,14 @@ class _Model:
             shift=shift,
             dtype=Dtype(encoding) if plain else Dtype.F32,
         )
-        return Group(
-            name=name,
-            shape=shape,
-            formulas=(formula,),
-            consumed=(tensor.spec.name,),
-            scheme=_scheme(encoding),
+
+    def _wrong(self, tensor: StoredTensor, what: str, expected: str) -> CheckpointCorrupt:
+        return CheckpointCorrupt(
+            what,
+            path=tensor.extent.path,
+            tensor=tensor.spec.name,
+            expected=expected,
+            found=self._described(tensor),
         )
 
 

@@ -34,7 +34,10 @@ class Naming:
 
     `experts` have an axis of experts first; `{}` in their name is the expert's number. `heads`
     are modules whose rows are interleaved within each head, with the metadata key of the number
-    of heads. `transposed` are matrices of `Conv1D`. `shifted`: one is added to norms.
+    of heads. `transposed` are matrices of `Conv1D`, or experts that are multiplied from the left.
+    `shifted`: one is added to norms. `named` are tensors of a block, on the left with `.weight` or
+    `.bias`, whose whole plain name stands on the right: experts among them stay one tensor. Of a
+    pair in `woven` the first has the even columns of the plain tensor and the second the odd ones.
     """
 
     model_types: tuple[str, ...]
@@ -45,15 +48,24 @@ class Naming:
     heads: Mapping[str, str] = field(default_factory=dict)
     transposed: frozenset[str] = frozenset()
     shifted: bool = False
+    named: Mapping[str, str] = field(default_factory=dict)
+    woven: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a tensor belongs: its plain name (`{}` for the expert), and its GGUF module."""
+    """Where a tensor belongs: its plain name (`{}` for the expert), and its GGUF module.
+
+    `partner` is the GGUF tensor that has the other half of its columns; of the two, the second one
+    is `is_second`.
+    """
 
     name: str
     module: str
+    kind: str = "weight"
     of_experts: bool = False
+    partner: str | None = None
+    is_second: bool = False
 
 
 def place(naming: Naming, name: str) -> Place | None:
@@ -64,18 +76,36 @@ def place(naming: Naming, name: str) -> Place | None:
         return None
     if block is None:
         plain = naming.top.get(module)
-        return None if plain is None else Place(name=f"{plain}.{kind}", module=module)
+        return None if plain is None else Place(name=f"{plain}.{kind}", module=module, kind=kind)
     number, module = block.groups()
     prefix = f"{naming.prefix}{number}."
+    if f"{module}.{kind}" in naming.named:
+        return _named(naming, number, module, kind)
     one = _ONE_EXPERT.match(module)
     if one is not None and f"{one[1]}_exps" in naming.experts:
         plain = naming.experts[f"{one[1]}_exps"].format(one[2])
-        return Place(name=f"{prefix}{plain}.{kind}", module=module)
+        return Place(name=f"{prefix}{plain}.{kind}", module=module, kind=kind)
     if module in naming.experts and kind == "weight":
         plain = naming.experts[module]
         return Place(name=f"{prefix}{plain}.{kind}", module=module, of_experts=True)
     plain = naming.block.get(module)
-    return None if plain is None else Place(name=f"{prefix}{plain}.{kind}", module=module)
+    if plain is None:
+        return None
+    return Place(name=f"{prefix}{plain}.{kind}", module=module, kind=kind)
+
+
+def _named(naming: Naming, number: str, module: str, kind: str) -> Place:
+    """Return where a tensor of block `number` belongs that has a name of its own."""
+    own = f"{module}.{kind}"
+    firsts = {second: first for first, second in naming.woven.items()}
+    partner = naming.woven.get(own, firsts.get(own))
+    return Place(
+        name=f"{naming.prefix}{number}.{naming.named[own]}",
+        module=module,
+        kind=kind,
+        partner=None if partner is None else f"blk.{number}.{partner}",
+        is_second=own in firsts,
+    )
 
 
 def is_dropped(name: str) -> bool:
@@ -191,6 +221,29 @@ NAMINGS: dict[str, Naming] = {
             "ffn_down": "mlp.c_proj",
         },
         transposed=frozenset({"attn_qkv", "attn_output", "ffn_up", "ffn_down"}),
+    ),
+    "gpt-oss": Naming(
+        model_types=("gpt_oss",),
+        top=_TOP,
+        block={
+            **_ATTENTION,
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_gate_inp": "mlp.router",
+        },
+        transposed=frozenset({"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}),
+        named={
+            "attn_sinks.weight": "self_attn.sinks",
+            "ffn_gate_exps.weight": "mlp.experts.gate_up_proj",
+            "ffn_gate_exps.bias": "mlp.experts.gate_up_proj_bias",
+            "ffn_up_exps.weight": "mlp.experts.gate_up_proj",
+            "ffn_up_exps.bias": "mlp.experts.gate_up_proj_bias",
+            "ffn_down_exps.weight": "mlp.experts.down_proj",
+            "ffn_down_exps.bias": "mlp.experts.down_proj_bias",
+        },
+        woven={
+            "ffn_gate_exps.weight": "ffn_up_exps.weight",
+            "ffn_gate_exps.bias": "ffn_up_exps.bias",
+        },
     ),
     "smollm3": Naming(model_types=("smollm3",), top=_TOP, block=_DENSE, heads=_HEADS),
     "granite": Naming(model_types=("granite",), top=_TOP, block=_DENSE, heads=_HEADS),

@@ -19,6 +19,7 @@ from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import StoredTensor
 from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 from ckptd.quant import parts
+from ckptd.quant.formats import expert_names
 from ckptd.quant.formula import ceil_div
 from ckptd.quant.formulas.slabs import Rule, Slabs
 from ckptd.quant.group import Found, Group, Stored
@@ -139,7 +140,8 @@ class Hqq:
 
     def find(self, stored: Stored) -> Found:
         """Return every module with codes; see `Format`."""
-        return Found(groups=tuple(_group(module) for module in _modules(stored)))
+        found = Found(groups=tuple(_group(module) for module in _modules(stored)))
+        return expert_names.published(found, stored)
 
 
 FORMAT = Hqq()

@@ -128,11 +128,22 @@ def _group(stored: Stored, weight: narrow.Weight, dtype: Dtype) -> Group:
             raise narrow.wrong(weight.global_scale, f"none beside {codes.dtype} codes")
         rounds = scale.dtype in narrow.FLOATS
         return narrow.eight_bit(weight, dtype=dtype, scale_via=dtype if rounds else None)
-    if scale.dtype is Dtype.F8_E4M3:
+    if scale.dtype is Dtype.F8_E4M3 or _is_wide_nvfp4(stored, weight):
         return _nvfp4(stored, weight, dtype)
     if scale.dtype in narrow.EXPONENTS:
         return narrow.fp4(weight, dtype=dtype)
     return _int4(stored, weight, dtype)
+
+
+def _is_wide_nvfp4(stored: Stored, weight: narrow.Weight) -> bool:
+    """Whether it is NVFP4 whose scales somebody saved in a wider float, where they are the same.
+
+    Int4 codes have two rows a byte, so that their scales have twice as many rows as the codes.
+    """
+    if weight.global_scale is None or weight.scale.spec.dtype not in narrow.FLOATS:
+        return False
+    sizes = (*_declared_group(stored, weight.name), *_NV_GROUPS)
+    return any(narrow.is_fp4(weight.codes, weight.scale, size) for size in sizes)
 
 
 def _nvfp4(stored: Stored, weight: narrow.Weight, dtype: Dtype) -> Group:

@@ -74,7 +74,7 @@ def decode_gguf(
     Raises:
         CheckpointCorrupt: a block's scale is infinite or not a number.
     """
-    raw = tensors[0]
+    raw = tensors[0] if formula.partner is None else _woven(formula, tensors[0], tensors[1])
     if formula.transposed:
         _transposed(formula, raw, out)
         return
@@ -89,6 +89,14 @@ def decode_gguf(
             work = out.new_empty((len(blocks), whole.shape[1]), dtype=torch.float32)
         _values(formula, blocks, work)
         whole[piece].copy_(work)
+
+
+def _woven(formula: Gguf, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of both parts in turns: row by row, or element by element of a row."""
+    size = first.shape[1] if formula.transposed else formula.block_bytes
+    units = (first.reshape(len(first), -1, size), second.reshape(len(second), -1, size))
+    both = torch.stack(units, dim=2)
+    return both.view(-1, size) if formula.transposed else both.view(len(first), -1)
 
 
 def _transposed(formula: Gguf, raw: torch.Tensor, out: torch.Tensor) -> None:

@@ -1,0 +1,131 @@
+"""Damaged checkpoints of every family: refused by the name of the tensor, and nothing is written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptd import errors
+from ckptd.checkpoint import header
+from ckptd.quant.formula import Formula, parts
+from ckptd.quant.group import Group
+from tests.pipeline.stages.conftest import planned, run
+from tests.quant import decoding
+
+CASES_PATH = Path(__file__).parents[2] / "data" / "quant"
+CASES = sorted(path.name for path in CASES_PATH.iterdir() if (path / "model.safetensors").is_file())
+"""One folder a format and variant, as the real libraries wrote them."""
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _damaged(case: str, out: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Return a copy of a case whose tensors `change` changed in place."""
+    shutil.copytree(CASES_PATH / case, out, ignore=shutil.ignore_patterns("reference.*"))
+    path = out / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=dict(header.read(path).metadata))
+    return out
+
+
+def _groups(case: str) -> tuple[Group, ...]:
+    return decoding.find(CASES_PATH / case)[1].groups
+
+
+def _scales(formula: Formula) -> list[str]:
+    return [part.name for part in parts(formula) if part.is_scale]
+
+
+def _codes(group: Group) -> str:
+    """Return the largest stored tensor of a weight, which has its codes."""
+    sizes = {part.name: part.extent.nbytes for part in parts(group.formulas[0])}
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _first_scale(case: str) -> tuple[str, Group]:
+    """Return the scale of the first weight whose scale is a tensor of several values."""
+    tensors = load_file(CASES_PATH / case / "model.safetensors")
+    for group in _groups(case):
+        for name in _scales(group.formulas[0]):
+            if tensors[name].numel() > 1 and name != _codes(group):
+                return name, group
+    pytest.skip("no weight of this case has more than one scale")
+
+
+def _changed(name: str, change: Change) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+def _with_first(value: float) -> Change:
+    """Return what sets the first value: NaN is 255 where scales are exponents in bytes."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        changed = tensor.clone()
+        if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+            changed.view(-1)[0] = value
+        else:
+            raw = changed.view(torch.uint8).view(-1)
+            raw[0] = 255 if tensor.dtype in (torch.uint8, torch.float8_e8m0fnu) else 127
+        return changed
+
+    return change
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", CASES)
+def test_a_scale_that_is_not_finite_stops_the_job(case: str, value: float, tmp_path: Path) -> None:
+    """A scale that is infinite or not a number is named; no folder is left that looks finished."""
+    name, _ = _first_scale(case)
+    folder = _damaged(case, tmp_path / "source", _changed(name, _with_first(value)))
+    with pytest.raises(errors.CheckpointCorrupt, match="infinite or not a number") as refused:
+        run(folder, "- dequantize", tmp_path / "out")
+    assert refused.value.tensor == name
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_scale_that_is_missing_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    """Codes without their scale are refused before a byte is written, naming one of the module."""
+    name, group = _first_scale(case)
+    folder = _damaged(case, tmp_path / "source", lambda tensors: tensors.__delitem__(name))
+    with pytest.raises(errors.CheckpointRefused) as refused:
+        planned(folder, "- dequantize")
+    assert any(one in str(refused.value) for one in (*group.consumed, group.name))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_scale_of_another_shape_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    """One scale too few along any axis is refused, naming a tensor of the module."""
+    name, group = _first_scale(case)
+    stored = load_file(CASES_PATH / case / "model.safetensors")[name]
+    for axis in range(stored.ndim):
+        if stored.shape[axis] < 2:
+            continue
+        change = _changed(name, lambda one, axis=axis: one.narrow(axis, 0, one.shape[axis] - 1))
+        folder = _damaged(case, tmp_path / f"{axis}", change)
+        with pytest.raises(errors.CheckpointRefused) as refused:
+            planned(folder, "- dequantize")
+        assert any(one in str(refused.value) for one in (*group.consumed, group.name))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_truncated_codes_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    """Codes that end early along any axis are refused, naming a tensor of the module."""
+    _, group = _first_scale(case)
+    name = _codes(group)
+    stored = load_file(CASES_PATH / case / "model.safetensors")[name]
+    for axis in range(stored.ndim):
+        half = max(1, stored.shape[axis] // 2)
+        if half == stored.shape[axis]:
+            continue
+        change = _changed(name, lambda one, axis=axis, half=half: one.narrow(axis, 0, half))
+        folder = _damaged(case, tmp_path / f"{axis}", change)
+        with pytest.raises(errors.CheckpointRefused) as refused:
+            planned(folder, "- dequantize")
+        assert any(one in str(refused.value) for one in (*group.consumed, group.name))
