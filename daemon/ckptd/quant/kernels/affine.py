@@ -24,10 +24,10 @@ TILE_ELEMENTS = steps.PIECE_ELEMENTS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """What belongs to each `(row, group)`, in float32, and which group a column is of.
+    """What belongs to each `(row, group)`, and which group a column is of.
 
-    `scale` and `zero` are `(rows, groups)`; a zero that is the same for all is 0-dimensional, and a
-    whole number as the codes of `bits` are.
+    `scale` (float32) and `zero` are `(rows, groups)`; a zero is `U8` as the codes of `bits` are, or
+    float32. One that is the same for all is 0-dimensional, and a whole number.
     `group` columns are one, unless `places` (int32) names each column's. A `scaled_zero` is added
     to the product instead. `divisor` is one value a column.
     """
@@ -50,17 +50,27 @@ class Groups:
     ) -> torch.Tensor:
         """Return `room`, float32 of the shape of `codes` and contiguous, with what they mean.
 
-        `codes` (`U8`) lie at `rows` and `columns`, which begin at a `step`.
+        `codes` (`U8`, overwritten) lie at `rows` and `columns`, which begin at a `step`.
         """
-        room.copy_(self._less_zero(codes))
-        if self.zero.ndim and not self.scaled_zero:
-            self._spread(torch.sub, room, self.zero[rows], columns)
+        in_bytes = self._in_bytes(codes)
+        if in_bytes:
+            self._spread(torch.sub, codes, self.zero[rows], columns)
+            room.copy_(codes.view(torch.int8))
+        else:
+            room.copy_(self._less_zero(codes))
+        if self.zero.ndim and not self.scaled_zero and not in_bytes:
+            self._spread(torch.sub, room, self.zero[rows].float(), columns)
         self._spread(torch.mul, room, self.scale[rows], columns)
         if self.scaled_zero:
             self._spread(torch.add, room, self.zero[rows], columns)
         if self.divisor is not None:
             room.div_(self.divisor[columns])
         return room
+
+    def _in_bytes(self, codes: torch.Tensor) -> bool:
+        """Whether zeros can be subtracted from codes as bytes: the difference has 8 bits, too."""
+        fits = self.zero.ndim > 0 and self.zero.dtype is torch.uint8 and self.bits < 8
+        return fits and self.places is None and codes.is_contiguous()
 
     def _less_zero(self, codes: torch.Tensor) -> torch.Tensor:
         """Return codes less a zero that is the same for all, where there is one, as integers."""
@@ -97,11 +107,11 @@ class Work:
 
 
 def zeros(values: torch.Tensor) -> torch.Tensor:
-    """Return zeros in float32, 0-dimensional where all are the same, as symmetric ones are."""
+    """Return zeros as they are, 0-dimensional where all are the same, as symmetric ones are."""
     if not values.numel():
-        return values.float()
+        return values
     first = values.reshape(-1)[0]
-    return (first if bool((values == first).all()) else values).float()
+    return first if bool((values == first).all()) else values
 
 
 def places(

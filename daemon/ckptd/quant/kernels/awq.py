@@ -99,10 +99,10 @@ def decode_along(
         steps=(1, math.lcm(_EIGHT, groups.step)),
         on_cpu=out.device.type == "cpu",
     )
-    work = affine.Work(out.device)
+    work, room = affine.Work(out.device), bitstream.Room(out.device)
     for down, along in tiles:
         held = raw[down, along.start // 2 : along.stop // 2].contiguous()
-        codes = bitstream.unpacked(held, bits=4, columns=along.stop - along.start)
+        codes = bitstream.unpacked(held, bits=4, columns=along.stop - along.start, room=room)
         out[down, along].copy_(groups.values(codes, work.like(codes), down, along))
 
 

@@ -16,31 +16,47 @@ _PERIOD = 32
 """So many codes of `bits` bits fill exactly `bits` words."""
 
 
-def unpacked(raw: torch.Tensor, *, bits: int, columns: int, dense: bool = True) -> torch.Tensor:
+class Room:
+    """Memory to unpack in, kept from one tile to the next: fresh pages cost more than the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pair = [torch.empty(0, dtype=torch.int16, device=device) for _ in range(2)]
+
+    def pair(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return two `I16` of `shape`, contiguous; what was returned before is void."""
+        if self._pair[0].numel() < shape.numel():
+            self._pair = [one.new_empty(shape.numel()) for one in self._pair]
+        first, second = (one[: shape.numel()].view(shape) for one in self._pair)
+        return first, second
+
+
+def unpacked(
+    raw: torch.Tensor, *, bits: int, columns: int, dense: bool = True, room: Room | None = None
+) -> torch.Tensor:
     """Return the codes in `raw`, the bytes of words, as `U8` of `(rows, columns)`.
 
     `raw` is `U8` of (rows, bytes), each row on its own; `dense` says that codes may straddle words.
-    The result may be a view of `raw`, or have rows that are not next to each other.
+    The result may be a view of `raw`, or have rows that are not next to each other. Given a `room`,
+    it may lie there until the next call.
     """
     if bits == 8:
         return raw[:, :columns]
     if not dense and 32 % bits:
         return _in_words(raw, bits, columns)
     if bits == 4:
-        return _halved(raw)[:, :columns]
+        return _halved(raw, room or Room(raw.device))[:, :columns]
     if bits == 2:
         return _quartered(raw.to(torch.int32), 2)[:, :columns]
     if bits == 1:
-        return _quartered(_halved(raw).to(torch.int32), 1)[:, :columns]
+        return _quartered(_halved(raw, Room(raw.device)).to(torch.int32), 1)[:, :columns]
     return _straddling(raw, bits, columns)
 
 
-def _halved(raw: torch.Tensor) -> torch.Tensor:
+def _halved(raw: torch.Tensor, room: Room) -> torch.Tensor:
     """Return the low and the high nibble of every byte as two bytes."""
-    wide = raw.to(torch.int16)
-    wide |= wide << 4
-    wide &= 0x0F0F
-    return wide.view(torch.uint8)
+    wide, moved = room.pair(raw.shape)
+    torch.bitwise_left_shift(wide.copy_(raw), 4, out=moved)
+    return wide.bitwise_or_(moved).bitwise_and_(0x0F0F).view(torch.uint8)
 
 
 def _quartered(value: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The kernels of `formulas.int4`: nibbles to bytes to float32, a product and a sum each.
+"""The kernels of `formulas.int4`: nibbles to whole numbers to float32, a product and a sum each.
 
 A code of 4 bits times a scale of 16 is exact in float32, so that product and sum round once, as a
 fused multiply-add does.
@@ -13,8 +13,8 @@ import torch
 from ckptd.quant.formulas.int4 import TILE_ROWS, Nibbles, Tiles
 from ckptd.quant.kernels import bitstream, grid, wide
 
-_TO_OFFSET = 0x88
-"""Exclusive-or with this makes two signed nibbles unsigned ones, greater by 8."""
+_SPREAD = 1 << 12 | 1 << 24
+"""A byte times this, in int32, has its nibbles at the top of the two halves."""
 _TWO_CODES = 0x000F000F
 """The lowest nibble of each half of a word."""
 
@@ -24,10 +24,16 @@ def decode_nibbles(
 ) -> None:
     """Write `rows` of `formula` into `out`, of `(len(rows), formula.columns)`."""
     codes, scale, zero, *pre_scale = tensors
+    room = bitstream.Room(out.device)
+    words: torch.Tensor | None = None
     for piece, x in wide.pieces(out):
-        raw = codes[piece] ^ _TO_OFFSET if formula.signed else codes[piece]
-        values = bitstream.unpacked(raw, bits=4, columns=formula.columns)
-        x.copy_(values.sub_(8).view(torch.int8) if formula.signed else values)
+        raw = codes[piece]
+        if formula.signed:
+            words = raw.new_empty(raw.shape, dtype=torch.int32) if words is None else words
+            halves = words[: len(raw)].copy_(raw).mul_(_SPREAD).view(torch.int16)
+            x.copy_(halves.bitwise_right_shift_(12))
+        else:
+            x.copy_(bitstream.unpacked(raw, bits=4, columns=formula.columns, room=room))
         scales, zeros = _upright(scale[:, piece]), _upright(zero[:, piece])
         if formula.signed:
             grid.apply(torch.mul, x, scales, formula.group)

@@ -39,15 +39,18 @@ def decode_packed(
     codes = tensors[0]
     grids = _grids(formula, rows, tensors)
     within = rows.start % formula.row_block
+    room = bitstream.Room(out.device)
     for piece, x in wide.pieces(out):
         unpacked = bitstream.unpacked(
-            codes[piece], bits=formula.bits, columns=formula.columns, dense=formula.dense
+            codes[piece], bits=formula.bits, columns=formula.columns, dense=formula.dense, room=room
         )
         if formula.values is Values.E2M3:
             table = _e2m3(codes.device)
             x.copy_(table.index_select(0, unpacked.flatten().to(torch.int32)).view(x.shape))
         elif formula.offset and grids.zero is None:  # bytes wrap around: their difference is signed
-            x.copy_((unpacked - formula.offset).view(torch.int8))
+            own = formula.bits < 8  # codes of 8 bits lie in the file's bytes
+            less = unpacked.sub_(formula.offset) if own else unpacked - formula.offset
+            x.copy_(less.view(torch.int8))
         else:
             x.copy_(unpacked)
         of_rows = slice(within + piece.start, within + piece.stop)
