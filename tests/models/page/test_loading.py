@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.models.page.sides import Side, agree, facts, files, info_of, saved, side
 
-MODELS = ("user", "untied", "parts", "llama", "llama tied", "bert", "gpt2", "t5", "vit")
+MODELS = ("user", "untied", "parts", "llama", "llama tied", "bert", "gpt2", "t5")
 LLAMAS = ("llama", "llama tied")
 FEW = ("user", "llama tied", "bert")
 Prepare = Callable[[Path], None]
@@ -106,7 +106,7 @@ def truncate(name: str) -> Prepare:
     """Return a preparation that cuts the end off a file."""
 
     def prepare(folder: Path) -> None:
-        path = folder / name
+        (path,) = folder.glob(name)
         path.write_bytes(path.read_bytes()[:-40])
 
     return prepare
@@ -114,7 +114,7 @@ def truncate(name: str) -> Prepare:
 
 def remove(name: str) -> Prepare:
     """Return a preparation that removes a file."""
-    return lambda folder: (folder / name).unlink()
+    return lambda folder: [path.unlink() for path in folder.glob(name)].clear()
 
 
 def into(subfolder: str) -> Prepare:
@@ -150,18 +150,19 @@ ROWS: dict[str, Row] = {
     "name: text": Row(call=lambda cls, folder, _: cls.from_pretrained(str(folder))),
     "name: trailing slash": Row(call=lambda cls, folder, _: cls.from_pretrained(f"{folder}/")),
     "name: nowhere": Row(call=lambda cls, folder, _: cls.from_pretrained(folder / "nowhere")),
-    "name: no config": Row(prepare=remove("config.json")),
+    # Only a class whose defaults are small: transformers takes them where there is no config.json.
+    "name: no config": Row(kinds=("user",), prepare=remove("config.json"), better=OSError),
     "name: no weights": Row(prepare=remove("model.safetensors")),
     "name: none": Row(call=lambda cls, _, __: cls.from_pretrained(None), better=ValueError),
     "name: sharded": Row(kinds=MODELS, save=SHARDED, call=info()),
-    "name: missing shard": Row(save=SHARDED, prepare=remove("model-00001-of-00004.safetensors")),
+    "name: missing shard": Row(save=SHARDED, prepare=remove("model-00001-of-*.safetensors")),
     "name: cut off": Row(prepare=truncate("model.safetensors"), better=OSError),
     "name: cut off shard": Row(
-        save=SHARDED, prepare=truncate("model-00001-of-00004.safetensors"), better=OSError
+        save=SHARDED, prepare=truncate("model-00001-of-*.safetensors"), better=OSError
     ),
-    "name: no weight file at all": Row(prepare=weights(empty), call=info()),
+    "name: no weight file at all": Row(prepare=weights(empty), better=OSError),
     "name: a tensor is missing": Row(
-        kinds=("untied", "llama", "vit"),
+        kinds=("untied", "llama"),
         prepare=weights(drop_first),
         call=lambda cls, folder, _: info_of(cls.from_pretrained(folder, output_loading_info=True)),
     ),
@@ -198,7 +199,7 @@ ROWS: dict[str, Row] = {
     "cache_dir: beside a folder": Row(call=with_(cache_dir="/nowhere")),
     "ignore_mismatched_sizes: false": Row(prepare=weights(shrink_first)),
     "ignore_mismatched_sizes: true": Row(
-        kinds=("user", "llama", "llama tied", "bert", "vit"),
+        kinds=("user", "llama", "llama tied", "bert"),
         prepare=weights(shrink_first),
         call=lambda cls, folder, _: info_of(
             cls.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)

@@ -12,7 +12,7 @@ import torch
 
 from tests.models.page.sides import OURS, THEIRS, Side, agree, facts, files, filled, saved, side
 
-MODELS = ("user", "untied", "parts", "llama", "llama tied", "bert", "gpt2", "t5", "vit")
+MODELS = ("user", "untied", "parts", "llama", "llama tied", "bert", "gpt2", "t5")
 FEW = ("user", "llama tied", "bert")
 
 

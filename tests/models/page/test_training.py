@@ -18,7 +18,7 @@ from ckptd.models.base import PreTrainedModel
 from tests.models.page import test_embeddings, test_loading, test_saving
 from tests.models.page.sides import KINDS, OURS, THEIRS, Side, agree, facts, side
 
-MODELS = ("user", "untied", "parts", "llama", "llama tied", "bert", "gpt2", "t5", "vit")
+MODELS = ("user", "untied", "parts", "llama", "llama tied", "bert", "gpt2", "t5")
 GENERATING = ("user", "untied", "llama", "llama tied", "gpt2", "t5", "qwen3_moe")
 PAGE: dict[str, tuple[str, ...]] = {
     "push_to_hub": (
@@ -65,6 +65,10 @@ PAGE: dict[str, tuple[str, ...]] = {
 """Every method of the page and its arguments, in the page's order."""
 
 
+OPTIONAL = {("get_compiled_call", "compile_config"), ("mark_tied_weights_as_initialized", "loading_info")}
+"""Arguments that may be left out here and not in transformers: the page has none for the second."""
+
+
 @pytest.mark.parametrize("method", PAGE)
 def test_every_method_of_the_page_takes_its_arguments(method: str) -> None:
     """Names and order of the arguments are the page's, and defaults those of transformers."""
@@ -78,7 +82,8 @@ def test_every_method_of_the_page_takes_its_arguments(method: str) -> None:
         return
     described = inspect.signature(there).parameters
     for name in set(wanted) & set(described):
-        assert here[name].default == described[name].default, name
+        if (method, name) not in OPTIONAL:
+            assert here[name].default == described[name].default, name
         assert here[name].kind == described[name].kind, name
 
 
@@ -95,12 +100,8 @@ def test_every_argument_of_loading_and_saving_has_a_row() -> None:
 
 def inputs(kind: str, *, labels: bool = False) -> dict[str, Any]:
     """Return inputs of a model of a kind."""
-    if kind == "vit":
-        generator = torch.Generator().manual_seed(0)
-        given: dict[str, Any] = {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator)}
-        return given | ({"labels": torch.tensor([0, 1])} if labels else {})
     ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 3, 4]])
-    given = {"input_ids": ids}
+    given: dict[str, Any] = {"input_ids": ids}
     return given | ({"labels": ids} if labels or kind == "t5" else {})
 
 
@@ -157,17 +158,19 @@ ACTS: dict[str, Callable[[Any, str], Any]] = {
     "disable_input_require_grads: unasked": lambda model, _: model.disable_input_require_grads(),
     "loss": lambda model, kind: gradients(model.train(), kind),
 }
-TRAINED = ("user", "untied", "llama", "llama tied", "bert", "gpt2", "vit")
+TRAINED = ("user", "untied", "llama", "llama tied", "bert", "gpt2")
 
 
 @pytest.mark.parametrize("kind", TRAINED)
 @pytest.mark.parametrize("name", ACTS)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 def test_training(name: str, kind: str) -> None:
     """Switches for training have the same effect and the same exceptions."""
     agree(lambda this: ACTS[name](this.model(kind), kind))
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
 def test_a_model_without_checkpointing_refuses() -> None:
     """A class that does not declare it cannot be checkpointed."""
     agree(lambda this: this.model("parts").gradient_checkpointing_enable())

@@ -26,6 +26,9 @@ class NoteConfig(PreTrainedConfig):
         initializer_range=0.5,
         tie_word_embeddings=True,
         head_bias=False,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -33,6 +36,9 @@ class NoteConfig(PreTrainedConfig):
         self.depth = depth
         self.initializer_range = initializer_range
         self.head_bias = head_bias
+        self.pad_token_id = pad_token_id
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
 
@@ -58,14 +64,17 @@ class NotePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
-            module.weight.data.fill_(self.config.initializer_range)
+            nn.init.constant_(module.weight, self.config.initializer_range)
             if module.bias is not None:
-                module.bias.data.fill_(0.25)
+                nn.init.constant_(module.bias, 0.25)
         elif isinstance(module, nn.Embedding):
-            module.weight.data.fill_(2 * self.config.initializer_range)
+            nn.init.constant_(module.weight, 2 * self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
-            module.weight.data.fill_(1.0)
-            module.bias.data.zero_()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, NoteModel):
+            # A buffer that is computed and not saved: transformers wants it computed again here.
+            module.table.copy_(torch.arange(5.0))
 
 
 class NoteModel(NotePreTrainedModel):
