@@ -129,7 +129,7 @@ def decoding(folder: Path, *, device: str) -> list[Call]:
         (group.name, dequantize.weight(group, dtype=Dtype.BF16, arith=Arith.FLOAT32))
         for group in chosen.find(seen).groups
     ]
-    segments = [part for name, value in values for part in segments_of(name, value, 0)]
+    segments = [part for name, value in values for part in segments_of([(name, value)])]
     computed = [part for part in segments if isinstance(part, Computed)]
     with Sources(opened.stamps) as sources:
         reader = evaluate.Evaluator(device="cpu", sources=sources)

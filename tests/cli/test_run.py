@@ -94,6 +94,20 @@ def test_overwrite(ckptd: Call, checkpoint: Path, silent_definition: Path) -> No
     assert {name for name in _names(Path()) if name.startswith(".ckptd")} == set()
 
 
+def test_an_output_that_nothing_is_staged_for_is_refused(
+    ckptd: Call, checkpoint: Path, definition: Path
+) -> None:
+    """Under `staging: none` no weights are written: a named output says so at once, and why."""
+    definition.write_text(
+        definition.read_text().replace("pipeline: test", "pipeline: test\nstaging: none")
+    )
+    result = ckptd("run", checkpoint, "-p", definition, "-o", "out")
+    assert result.code == 2, result
+    assert f"the output folder {Path('out').absolute()} would get none" in result.err
+    assert "staging: disk" in result.err
+    assert _names(Path()) == {definition.name, "runs"}
+
+
 @pytest.fixture
 def failing_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first run fails when all shards are finished, as a Hub fails."""

@@ -122,7 +122,7 @@ def test_the_whole_and_any_rows(
     rows = files.value(expression.rows(made, 5, 11, axis=made.axis))
     assert torch.equal(rows, found.narrow(made.axis, 5, 6))
     monkeypatch.setattr(blocks, "_MERGED_BLOCK_BYTES", 1)
-    (segment,) = plan.segments_of("t", made, 0)
+    (segment,) = plan.segments_of([("t", made)])
     assert sum(len(batch) for batch in blocks.batches([segment])) == ROWS
     assert torch.equal(files.value(made), found)
 

@@ -36,7 +36,7 @@ class Files:
         stamp = FileStamp.of(self.path.stat())
         with Sources({self.path: stamp}) as sources:
             evaluator = evaluate.Evaluator(device="cpu", sources=sources)
-            for segment in plan.segments_of("t", wanted, 0):
+            for segment in plan.segments_of([("t", wanted)]):
                 for batch in blocks.batches([segment]):
                     staged = evaluator.read(batch)
                     raw += b"".join(evaluator.compute(staged))
@@ -58,7 +58,7 @@ def test_flat_pieces_make_a_tensor(data: st.DataObject, tmp_path: Path) -> None:
     files = Files(tmp_path / "t.safetensors", pieces)
     parts = [files.loads[name] for name in pieces]
     wanted = expression.view(expression.concat(parts), (12, 5))
-    assert all(isinstance(part, Run) for part in plan.segments_of("t", wanted, 0))
+    assert all(isinstance(part, Run) for part in plan.segments_of([("t", wanted)]))
     assert torch.equal(files.value(wanted), whole)
     start = data.draw(st.integers(0, 11))
     stop = data.draw(st.integers(start + 1, 12))
@@ -128,7 +128,7 @@ def test_values_do_not_depend_on_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     merged = LowRank(loads["base"], loads["down"], loads["up"], 0.5, Dtype.BF16)
     before = [files.value(boxes), files.value(merged)]
     monkeypatch.setattr(blocks, "_MERGED_BLOCK_BYTES", 1)
-    (segment,) = plan.segments_of("t", merged, 0)
+    (segment,) = plan.segments_of([("t", merged)])
     assert isinstance(segment, Computed)
     assert sum(len(batch) for batch in blocks.batches([segment])) == 30
     assert torch.equal(files.value(boxes), before[0])
@@ -208,7 +208,7 @@ def test_columns_scaled_to_a_length(tmp_path: Path) -> None:
     )
     one = LowRank(*(files.loads[name] for name in ("base", "down", "up")), 0.5, Dtype.F32)
     made = dataclasses.replace(one, magnitude=files.loads["length"], whole=one)
-    assert len(list(blocks.batches(plan.segments_of("t", made, 0)))) > 1
+    assert len(list(blocks.batches(plan.segments_of([("t", made)])))) > 1
     exact = base.double() + 0.5 * up.double() @ down.double()
     exact *= length / exact.norm(dim=0)
     assert torch.allclose(files.value(made).double(), exact, atol=1e-6)

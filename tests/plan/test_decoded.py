@@ -66,7 +66,7 @@ def _value(wanted: Expression, stored: dict[str, StoredTensor]) -> torch.Tensor:
     raw = bytearray()
     with Sources({path: header.read(path).stamp}) as sources:
         evaluator = evaluate.Evaluator(device="cpu", sources=sources)
-        for segment in plan.segments_of("w", wanted, 0):
+        for segment in plan.segments_of([("w", wanted)]):
             assert isinstance(segment, Computed)
             for batch in blocks.batches([segment]):
                 staged = evaluator.read(batch)
@@ -106,7 +106,7 @@ def test_blocks_do_not_change_values(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(blocks, "_DECODED_BLOCK_BYTES", 1)
     found = _value(expression.rows(whole, 10, 290), stored)
     assert torch.equal(found, _expected(tensors).bfloat16()[10:290])
-    (segment,) = plan.segments_of("w", whole, 0)
+    (segment,) = plan.segments_of([("w", whole)])
     parts = [block.value for batch in blocks.batches([segment]) for block in batch]
     assert [part.shape[0] for part in parts] == [64, 64, 64, 64, 44]
 

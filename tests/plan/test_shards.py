@@ -12,12 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.plan import shards
-from ckptd.plan.shards import Sized
 
 
 def _ours(sizes: list[int], limit: int) -> dict[str, list[str]]:
-    tensors = [Sized(f"t{number}", size, "") for number, size in enumerate(sizes)]
-    groups = shards.by_size(tensors, limit)
+    groups = shards.by_size({f"t{number}": size for number, size in enumerate(sizes)}, limit)
     return dict(zip(shards.file_names(len(groups)), groups, strict=True))
 
 
@@ -37,7 +35,7 @@ def test_the_division_is_the_clients(sizes: list[int], limit: int) -> None:
 def test_no_file_is_over_the_limit_but_for_one_tensor(sizes: list[int], limit: int) -> None:
     """Every tensor is in one file, in order; only a file of a single tensor may be larger."""
     named = {f"t{number}": size for number, size in enumerate(sizes)}
-    groups = shards.by_size([Sized(n, size, "") for n, size in named.items()], limit)
+    groups = shards.by_size(named, limit)
     for group in groups:
         assert len(group) == 1 or sum(named[name] for name in group) <= limit
         assert group == sorted(group, key=list(named).index)
@@ -59,8 +57,7 @@ def test_the_names_are_those_of_save_pretrained(limit: int, tmp_path: Path) -> N
 
 def test_without_a_limit_the_sources_division_stays() -> None:
     """Files that have lost all their tensors are gone, and the rest is numbered anew."""
-    tensors = [Sized("a", 1, "x"), Sized("b", 1, "z"), Sized("c", 1, "z")]
-    assert shards.by_home(tensors) == [["a"], ["b", "c"]]
+    assert shards.by_home({"a": "x", "b": "z", "c": "z"}) == [["a"], ["b", "c"]]
     assert shards.file_names(2)[1] == "model-00002-of-00002.safetensors"
     assert shards.file_names(1) == ["model.safetensors"]
 

@@ -13,7 +13,6 @@ from ckptd.checkpoint import header, index
 from ckptd.checkpoint.dtypes import Dtype
 from ckptd.checkpoint.header import TensorSpec
 from ckptd.plan import shards
-from ckptd.plan.shards import Sized
 
 SHARD_BYTES = 1_000_000_000
 HIDDEN, INNER, ROWS = 2048, 8192, 32_000
@@ -57,7 +56,7 @@ def giant_specs(count: int = 100_000) -> list[TensorSpec]:
 def write(folder: Path, specs: list[TensorSpec], *, sparse: bool, shard_bytes: int) -> None:
     """Write a checkpoint of `specs`; sparse files have real headers and no tensor blocks."""
     folder.mkdir(parents=True, exist_ok=True)
-    groups = shards.by_size([Sized(s.name, s.nbytes, "") for s in specs], shard_bytes)
+    groups = shards.by_size({s.name: s.nbytes for s in specs}, shard_bytes)
     by_name = {spec.name: spec for spec in specs}
     pattern = _pattern()
     weight_map: dict[str, str] = {}

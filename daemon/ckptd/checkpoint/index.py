@@ -88,10 +88,12 @@ def encode(weight_map: Mapping[str, str], *, total_size: int, total_parameters: 
     frame = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
     if not weight_map:
         return f"{frame}\n".encode()
-    # The library indents in Python, half a second for 100,000 names; here only their text is its.
-    text = json.encoder.encode_basestring
-    lines = [f"    {text(name)}: {text(shard)}" for name, shard in sorted(weight_map.items())]
-    return (frame.removesuffix("{}\n}") + "{\n" + ",\n".join(lines) + "\n  }\n}\n").encode()
+    # Told to indent, the library works in Python: half a second for 100,000 names. The same indent
+    # as part of the separator is left to its fast encoder.
+    separators = (",\n    ", ": ")
+    names = json.dumps(dict(weight_map), separators=separators, sort_keys=True, ensure_ascii=False)
+    begin = frame.removesuffix("{}\n}")
+    return f"{begin}{{\n    {names[1:-1]}\n  }}\n}}\n".encode()
 
 
 def _require_whole_characters(value: Any, path: Path) -> None:

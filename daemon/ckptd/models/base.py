@@ -154,11 +154,15 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
     def mark_tied_weights_as_initialized(self, loading_info: Any = None) -> None:
         """Mark the targets of ties as initialised: they are overwritten anyway.
 
+        One that is its source already is not overwritten, and gets its initial value as the source.
+
         Args:
             loading_info: accepted as documented; nothing is read from it.
         """
-        for target in self.all_tied_weights_keys:
-            self.get_parameter_or_buffer(target)._is_hf_initialized = True
+        for target, source in self.all_tied_weights_keys.items():
+            tensor = self.get_parameter_or_buffer(target)
+            if tensor is not self.get_parameter_or_buffer(source):
+                tensor._is_hf_initialized = True
 
     def resize_token_embeddings(
         self,

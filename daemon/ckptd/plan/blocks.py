@@ -1,8 +1,9 @@
 """Dividing computed segments into blocks that fit a byte budget, and small ones into batches.
 
 A block is a part of one computed tensor: a range of elements where each is computed for itself, a
-group of rows where rows are grown or decoded. A batch is a few blocks that are read, computed and written
-together, so that tens of thousands of small tensors do not cost a round trip each.
+group of rows where rows are grown or decoded. Small casts that lie side by side are one block, read,
+computed and written at once; a batch is a few blocks that go together. So tens of thousands of small
+tensors do not cost a round trip each.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptd.checkpoint.dtypes import Dtype
+from ckptd.checkpoint.header import Extent
 from ckptd.plan import expression
 from ckptd.plan.nodes import Cast, Changed, Concat, Decode, Expression, Grown, Load, LowRank, Tiles
 from ckptd.plan.plan import Computed, Run, Segment
@@ -33,17 +35,23 @@ _DECODE_WORKSPACE_BYTES = 8 << 20
 _SMALL_RUN_BYTES = 1 << 20
 """A shorter run between computed segments goes through the same pipeline as they do."""
 _ELEMENTS_UNIT = 64
-"""Elements per block are a multiple of this: whole bytes in any dtype."""
+"""Elements per block, and per tensor in a block of several, are a multiple of this: whole bytes in
+any dtype, whole vectors of the processor. Behind its last whole vector torch casts number by number,
+which can give another NaN (of float16 in float32): no tensor's values may depend on its neighbours."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A part of a computed tensor: its expression and where its bytes go."""
+    """A part of a computed tensor: its expression and where its bytes go.
+
+    `joined` are the segments of several small tensors that are one block, the first of them `tensor`.
+    """
 
     tensor: str
     value: Expression
     offset: int
     nbytes: int
+    joined: tuple[Computed, ...] = ()
 
     @property
     def source_bytes(self) -> int:
@@ -75,14 +83,13 @@ def batches(segments: Iterable[Segment]) -> Iterator[list[Block]]:
     """Yield the blocks of `segments` in order, small neighbours together."""
     batch: list[Block] = []
     size = 0
-    for segment in segments:
-        for block in _blocks(segment):
-            wider = max(block.nbytes, _loaded_bytes(block.value))
-            if batch and size + wider > BLOCK_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(block)
-            size += wider
+    for block in _all_blocks(segments):
+        wider = max(block.nbytes, _loaded_bytes(block.value))
+        if batch and size + wider > BLOCK_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(block)
+        size += wider
     if batch:
         yield batch
 
@@ -101,6 +108,76 @@ def groups(segments: Sequence[Segment]) -> Iterator[tuple[bool, list[Segment]]]:
         computed = kind
     if group:
         yield computed, group
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Small casts side by side in the source and in the output: one cast is enough for them."""
+
+    casts: list[Computed]
+    sources: list[Load]
+    nbytes: int
+
+    def takes(self, cast: Computed, source: Load) -> bool:
+        """Say whether another cast can become the end of this stretch."""
+        last, before, behind = self.casts[-1], self.sources[-1].extent, source.extent
+        return (
+            last.offset + last.nbytes == cast.offset
+            and before.offset + before.nbytes == behind.offset
+            and before.path == behind.path
+            and last.value.dtype is cast.value.dtype
+            and self.sources[-1].dtype is source.dtype
+            and self.nbytes + _wider_bytes(cast, source) <= BLOCK_BYTES
+        )
+
+    def append(self, cast: Computed, source: Load) -> None:
+        """Make another cast the end of this stretch."""
+        self.casts.append(cast)
+        self.sources.append(source)
+        self.nbytes += _wider_bytes(cast, source)
+
+    def block(self) -> Block:
+        """Return the block that all of them are."""
+        first, source = self.casts[0], self.sources[0]
+        nbytes = sum(one.extent.nbytes for one in self.sources)
+        extent = Extent(source.extent.path, source.extent.offset, nbytes)
+        flat = Load(extent, source.dtype, (nbytes * 8 // source.dtype.bits,))
+        value = expression.cast(flat, first.value.dtype)
+        joined = tuple(self.casts) if len(self.casts) > 1 else ()
+        return Block(first.tensor, value, first.offset, expression.nbytes(value), joined)
+
+
+def _all_blocks(segments: Iterable[Segment]) -> Iterator[Block]:
+    """Yield the blocks of `segments` in order, small casts that are neighbours as one."""
+    stretch: _Stretch | None = None
+    for segment in segments:
+        small = _small_cast(segment)
+        if stretch is not None and small is not None and stretch.takes(*small):
+            stretch.append(*small)
+            continue
+        if stretch is not None:
+            yield stretch.block()
+            stretch = None
+        if small is None:
+            yield from _blocks(segment)
+        else:
+            stretch = _Stretch([small[0]], [small[1]], _wider_bytes(*small))
+    if stretch is not None:
+        yield stretch.block()
+
+
+def _small_cast(segment: Segment) -> tuple[Computed, Load] | None:
+    """Return a segment that is the cast of whole vectors and fits a block, and what is cast."""
+    if isinstance(segment, Run) or not isinstance(segment.value, Cast):
+        return None
+    source = segment.value.source
+    if not isinstance(source, Load) or expression.numel(source) % _ELEMENTS_UNIT:
+        return None
+    return (segment, source) if _wider_bytes(segment, source) <= BLOCK_BYTES else None
+
+
+def _wider_bytes(cast: Computed, source: Load) -> int:
+    return max(cast.nbytes, source.extent.nbytes)
 
 
 def _blocks(segment: Segment) -> Iterator[Block]:

@@ -155,8 +155,23 @@ class Evaluator:
             result = loaded[block.value.extent]
         elif block.nbytes:
             out = result.view(_torch_dtype(block.value.dtype)).view(block.value.shape)
-            self._put(out, block.value, loaded, block.tensor)
+            try:
+                self._put(out, block.value, loaded, block.tensor)
+            except CheckFailed:
+                self._refuse(block, out, loaded)
+                raise
         return result.numpy().data if block.nbytes else memoryview(b"")
+
+    def _refuse(self, block: Block, out: torch.Tensor, loaded: dict[Reading, torch.Tensor]) -> None:
+        """Raise what a block of several tensors failed of as the first at fault would have failed."""
+        sizes = [expression.numel(cast.value) for cast in block.joined]
+        if sizes and isinstance(block.value, Cast):
+            source = self._value(block.value.source, loaded, block.tensor)
+            parts = zip(
+                block.joined, torch.split(out, sizes), torch.split(source, sizes), strict=True
+            )
+            for cast, own, part in parts:
+                _cast_into(own, part.to(own.device), block.value.dtype, cast.tensor)
 
     def _put(
         self, out: torch.Tensor, value: Expression, loaded: dict[Reading, torch.Tensor], tensor: str

@@ -121,7 +121,7 @@ def _segments(decodings: Iterable[Decoding]) -> Iterator[plan.Segment]:
     for decoding in decodings:
         dtype = dtypes.from_torch_name(str(decoding.target.dtype))
         value = dequantize.weight(decoding.group, dtype=dtype, arith=Arith.FLOAT32)
-        yield from plan.segments_of(decoding.group.name, value, 0)
+        yield from plan.segments_of([(decoding.group.name, value)])
 
 
 def _decode_all(

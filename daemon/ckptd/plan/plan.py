@@ -9,6 +9,7 @@ finished by an earlier, killed attempt are reused only under the very same plan.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class ShardPlan:
     tensors: tuple[TensorSpec, ...]
     segments: tuple[Segment, ...]
 
+    @property
+    def tensor_bytes(self) -> int:
+        """The bytes of its tensors."""
+        return self.nbytes - len(self.head)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -90,7 +96,7 @@ class Plan:
     @cached_property
     def tensor_bytes(self) -> int:
         """The bytes of all tensors: `total_size` of the index."""
-        return sum(spec.nbytes for shard in self.shards for spec in shard.tensors)
+        return sum(shard.tensor_bytes for shard in self.shards)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -183,15 +189,12 @@ def make(draft: Draft) -> Plan:
 
 def _files_of(part: Part, draft: Draft) -> list[ShardPlan]:
     """Return the weight files of a part of the output."""
-    tensors = [
-        shards.Sized(name, expression.nbytes(value), draft.home[name])
-        for name, value in draft.tensors.items()
-        if not part.folder or name.startswith(part.folder)
-    ]
+    own = [name for name in draft.tensors if name.startswith(part.folder)]
     if draft.max_shard_bytes is None or part.single:
-        groups = shards.by_home(tensors)
+        groups = shards.by_home({name: draft.home[name] for name in own})
     else:
-        groups = shards.by_size(tensors, draft.max_shard_bytes)
+        sizes = {name: expression.nbytes(draft.tensors[name]) for name in own}
+        groups = shards.by_size(sizes, draft.max_shard_bytes)
     names = shards.file_names(len(groups), stem=part.stem, variant=part.variant)
     return [
         _shard(part.folder + name, group, draft, part)
@@ -200,11 +203,14 @@ def _files_of(part: Part, draft: Draft) -> list[ShardPlan]:
 
 
 def _index(part: Part, planned: list[ShardPlan]) -> bytes:
-    specs = [spec for shard in planned for spec in shard.tensors]
+    weight_map: dict[str, str] = {}
+    for shard in planned:
+        names = (spec.name for spec in shard.tensors)
+        weight_map |= dict.fromkeys(names, shard.name.removeprefix(part.folder))
     return index.encode(
-        {s.name: shard.name.removeprefix(part.folder) for shard in planned for s in shard.tensors},
-        total_size=sum(spec.nbytes for spec in specs),
-        total_parameters=sum(spec.numel for spec in specs),
+        weight_map,
+        total_size=sum(shard.tensor_bytes for shard in planned),
+        total_parameters=sum(spec.numel for shard in planned for spec in shard.tensors),
     )
 
 
@@ -216,18 +222,7 @@ def _shard(name: str, tensors: list[str], draft: Draft, part: Part) -> ShardPlan
     # A reader views tensors in place, so wider elements come first; equal ones keep their order.
     if len({spec.dtype for spec in specs}) > 1:
         specs.sort(key=lambda spec: -spec.dtype.alignment)
-    values: Mapping[str, Expression] = draft.tensors
-    raw: list[Segment] = []
-    offset = 0
-    for spec in specs:
-        value = values[spec.name]
-        if isinstance(value, Load):  # nearly all, in plans of 100,000 tensors
-            parts: Iterable[Segment] = (Run(value.extent, offset),)
-        else:
-            parts = segments_of(spec.name, value, offset)
-        raw += [part for part in parts if part.nbytes]
-        offset += expression.nbytes(value)
-    merged = _merge(raw)
+    merged = list(segments_of((spec.name, draft.tensors[spec.name]) for spec in specs))
     longest = max(
         (one for one in merged if isinstance(one, Run)), key=lambda run: run.nbytes, default=None
     )
@@ -239,7 +234,7 @@ def _shard(name: str, tensors: list[str], draft: Draft, part: Part) -> ShardPlan
     return ShardPlan(
         name=name,
         head=head,
-        nbytes=len(head) + offset,
+        nbytes=len(head) + (merged[-1].offset + merged[-1].nbytes if merged else 0),
         tensors=tuple(inner),
         segments=tuple(_moved(one, len(head)) for one in merged),
     )
@@ -253,49 +248,54 @@ def _metadata(part: Part, segments: list[Segment]) -> Mapping[str, str]:
     return kept or METADATA
 
 
-def segments_of(tensor: str, value: Expression, offset: int) -> Iterator[Segment]:
-    """Yield what the bytes of a tensor are made of, the first of them at `offset`."""
+def segments_of(tensors: Iterable[tuple[str, Expression]]) -> Iterator[Segment]:
+    """Yield what makes up `tensors`, one after the other from 0 on.
+
+    Extents that follow each other in one file are one run, also those of different tensors.
+    """
+    first: Extent | None = None  # where a run begins that may go on
+    end = 0  # where it ends in its file
+    offset = 0
+    for tensor, value in tensors:
+        for part in _parts(value):
+            nbytes = part.nbytes if isinstance(part, Extent) else expression.nbytes(part)
+            if not nbytes:
+                continue
+            if first is not None and not _goes_on(first, end, part):
+                yield _run(first, end, offset)
+                first = None
+            if not isinstance(part, Extent):
+                yield Computed(tensor, part, offset, nbytes)
+            elif first is None:
+                first, end = part, part.offset
+            end += nbytes
+            offset += nbytes
+    if first is not None:
+        yield _run(first, end, offset)
+
+
+def _parts(value: Expression) -> Iterable[Extent | Expression]:
+    """Return what the bytes of a tensor are, one after the other: copied or computed."""
     match value:
         case Load(extent=extent):
-            yield Run(extent, offset)
+            return (extent,)
         case Concat(parts=parts):
-            for part in parts:
-                yield from segments_of(tensor, part, offset)
-                offset += expression.nbytes(part)
+            return itertools.chain.from_iterable(map(_parts, parts))
         case View(source=source):
-            yield from segments_of(tensor, source, offset)
+            return _parts(source)
         case _:
-            yield Computed(tensor, value, offset, expression.nbytes(value))
+            return (value,)
 
 
-def _merge(parts: list[Segment]) -> list[Segment]:
-    merged: list[Segment] = []
-    first: Run | None = None
-    nbytes = 0
-    for part in parts:
-        if (
-            isinstance(part, Run)
-            and first is not None
-            and first.source.offset + nbytes == part.source.offset
-            and first.offset + nbytes == part.offset
-            and (first.source.path is part.source.path or first.source.path == part.source.path)
-        ):
-            nbytes += part.nbytes
-            continue
-        if first is not None:
-            merged.append(_longer(first, nbytes))
-        if isinstance(part, Run):
-            first, nbytes = part, part.nbytes
-        else:
-            first = None
-            merged.append(part)
-    if first is not None:
-        merged.append(_longer(first, nbytes))
-    return merged
+def _goes_on(first: Extent, end: int, part: Extent | Expression) -> bool:
+    """Say whether `part` lies behind the run that begins with `first` and ends at `end`."""
+    return isinstance(part, Extent) and part.offset == end and part.path == first.path
 
 
-def _longer(run: Run, nbytes: int) -> Run:
-    return Run(Extent(run.source.path, run.source.offset, nbytes), run.offset)
+def _run(first: Extent, end: int, stop: int) -> Run:
+    """Return the run that begins with `first` and ends at `end` in its file, at `stop` in ours."""
+    nbytes = end - first.offset
+    return Run(Extent(first.path, first.offset, nbytes), stop - nbytes)
 
 
 def _moved(part: Segment, by: int) -> Segment:

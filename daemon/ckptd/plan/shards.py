@@ -8,43 +8,36 @@ limit starts the next. The limit counts tensor bytes, not the header.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 
-@dataclass(frozen=True, slots=True)
-class Sized:
-    """A tensor's name, bytes, and the file it came from."""
+def by_size(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Return the tensors' names, file by file, none over `max_shard_bytes` unless one tensor is.
 
-    name: str
-    nbytes: int
-    home: str
-
-
-def by_size(tensors: Sequence[Sized], max_shard_bytes: int) -> list[list[str]]:
-    """Return the tensors' names, file by file, none over `max_shard_bytes` unless one tensor is."""
+    `sizes` are their bytes, in order.
+    """
     shards: list[list[str]] = []
     current: list[str] = []
     current_bytes = 0
-    for tensor in tensors:
-        if tensor.nbytes > max_shard_bytes:
-            shards.append([tensor.name])
+    for name, nbytes in sizes.items():
+        if nbytes > max_shard_bytes:
+            shards.append([name])
             continue
-        if current and current_bytes + tensor.nbytes > max_shard_bytes:
+        if current and current_bytes + nbytes > max_shard_bytes:
             shards.append(current)
             current, current_bytes = [], 0
-        current.append(tensor.name)
-        current_bytes += tensor.nbytes
+        current.append(name)
+        current_bytes += nbytes
     if current:
         shards.append(current)
     return shards
 
 
-def by_home(tensors: Sequence[Sized]) -> list[list[str]]:
-    """Return the tensors' names, divided as the source was; files left empty are dropped."""
+def by_home(homes: Mapping[str, str]) -> list[list[str]]:
+    """Return the tensors' names, divided as the source was: `homes` says in which file each lay."""
     shards: dict[str, list[str]] = {}
-    for tensor in tensors:
-        shards.setdefault(tensor.home, []).append(tensor.name)
+    for name, home in homes.items():
+        shards.setdefault(home, []).append(name)
     return list(shards.values())
 
 

@@ -60,7 +60,13 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
-        SMALL | {"num_key_value_heads": 1, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+        SMALL
+        | {
+            "num_key_value_heads": 1,
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+        },
     ),
 }
 """Models that rows are tried on: class, class of the configuration, its values.

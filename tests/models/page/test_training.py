@@ -65,7 +65,10 @@ PAGE: dict[str, tuple[str, ...]] = {
 """Every method of the page and its arguments, in the page's order."""
 
 
-OPTIONAL = {("get_compiled_call", "compile_config"), ("mark_tied_weights_as_initialized", "loading_info")}
+OPTIONAL = {
+    ("get_compiled_call", "compile_config"),
+    ("mark_tied_weights_as_initialized", "loading_info"),
+}
 """Arguments that may be left out here and not in transformers: the page has none for the second."""
 
 

@@ -17,7 +17,7 @@ from ckptd.checkpoint.pieces import Tensor
 from ckptd.errors import CheckpointCorrupt, CheckpointUnsupported
 
 _WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
 )
 _CONTAINERS = (
     "state_dict.", "module.", "model_state_dict.", "base_model.model.", "app.", "app_state.",

@@ -161,8 +161,8 @@ def place(model: PreTrainedModel, placement: Placement) -> LoadingInfo:
         model.initialize_weights()
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     info.ignore(
-        missing=model._keys_to_ignore_on_load_missing or (),
-        unexpected=[*(model._keys_to_ignore_on_load_unexpected or ()), *_once_saved(model)],
+        missing=_patterns(model, "_keys_to_ignore_on_load_missing"),
+        unexpected=[*_patterns(model, "_keys_to_ignore_on_load_unexpected"), *_once_saved(model)],
     )
     return info
 
@@ -277,6 +277,11 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[leaf] = buffer.to(device)
+
+
+def _patterns(model: nn.Module, declaration: str) -> list[str]:
+    """Return the patterns that a model, and each model inside it, declares."""
+    return [one for module in model.modules() for one in getattr(module, declaration, None) or ()]
 
 
 def _once_saved(model: nn.Module) -> Iterable[str]:

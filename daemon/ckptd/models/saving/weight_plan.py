@@ -74,8 +74,8 @@ def plan(
         ValueError: safetensors has no name for a tensor's dtype.
     """
     specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
-    sized = [shards.Sized(spec.name, spec.nbytes, "") for spec in specs.values()]
-    groups = shards.by_size(sized, max_shard_bytes)
+    sizes = {name: spec.nbytes for name, spec in specs.items()}
+    groups = shards.by_size(sizes, max_shard_bytes)
     names = shards.file_names(len(groups), stem=stem, variant=variant)
     files = []
     weight_map: dict[str, str] = {}

@@ -72,13 +72,11 @@ def _applied(
     tensors, home = dict(draft.tensors), dict(draft.home)
     for source, target in decision.copies:
         tensors[target], home[target] = tensors[source], home[source]
-    renames = dict(decision.renames)
-    tensors = {
-        renames.get(name, name): value
-        for name, value in tensors.items()
-        if name not in decision.drops
-    }
-    home = {renames.get(name, name): file for name, file in home.items()}
+    for name in decision.drops:
+        tensors.pop(name, None)
+    if renames := dict(decision.renames):
+        tensors = {renames.get(name, name): value for name, value in tensors.items()}
+        home = {renames.get(name, name): file for name, file in home.items()}
     config = draft.config
     if decision.writes:
         config = configuration.written(config, decision.writes)
