@@ -57,6 +57,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
     _keep_in_fp32_modules_strict: ClassVar[list[str] | None] = None
     _no_split_modules: ClassVar[list[str] | None] = None
     _supports_sdpa: ClassVar[bool] = False
+    _supports_flash_attn: ClassVar[bool] = False
     _supports_assign_param_buffer: ClassVar[bool] = True
     _auto_class: ClassVar[str | None] = None
     _is_loaded_from_checkpoint: bool = False
@@ -84,8 +85,7 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
         self.dequantized_from: str | None = None
         config._attn_implementation = attention.resolve(
             config._attn_implementation,
-            supports_sdpa=self._supports_sdpa,
-            class_name=type(self).__name__,
+            type(self),
         )
         self.generation_config = (
             GenerationConfig.from_model_config(config) if self.can_generate() else None
@@ -154,15 +154,11 @@ class PreTrainedModel(LookupsMixin, TrainingMixin, ModuleUtilsMixin, PushToHubMi
     def mark_tied_weights_as_initialized(self, loading_info: Any = None) -> None:
         """Mark the targets of ties as initialised: they are overwritten anyway.
 
-        One that is its source already is not overwritten, and gets its initial value as the source.
-
         Args:
             loading_info: accepted as documented; nothing is read from it.
         """
-        for target, source in self.all_tied_weights_keys.items():
-            tensor = self.get_parameter_or_buffer(target)
-            if tensor is not self.get_parameter_or_buffer(source):
-                tensor._is_hf_initialized = True
+        for target in self.all_tied_weights_keys:
+            self.get_parameter_or_buffer(target)._is_hf_initialized = True
 
     def resize_token_embeddings(
         self,

@@ -137,6 +137,11 @@ def test_heads_that_do_not_group_are_refused() -> None:
         attention.attend("eager", query, key, value, None, scale=1.0)
 
 
+def one(supports: bool) -> type:
+    """Return a class that supports sdpa and flash attention, or neither."""
+    return type("X", (), {"_supports_sdpa": supports, "_supports_flash_attn": supports})
+
+
 @pytest.mark.parametrize(
     ("requested", "supports_sdpa", "expected"),
     [
@@ -149,7 +154,7 @@ def test_heads_that_do_not_group_are_refused() -> None:
 )
 def test_resolved_names(requested: str | None, supports_sdpa: bool, expected: str) -> None:
     """Nothing asked for means sdpa where the class supports it."""
-    found = attention.resolve(requested, supports_sdpa=supports_sdpa, class_name="X")
+    found = attention.resolve(requested, one(supports_sdpa))
     assert found == expected
 
 
@@ -169,10 +174,11 @@ def test_what_cannot_run_is_refused(requested: str, kind: type[Exception], text:
     if kind is ImportError and importlib.util.find_spec(text.split("`")[1]) is not None:
         pytest.skip("the package is installed here")
     with pytest.raises(kind, match=text):
-        attention.resolve(requested, supports_sdpa=True, class_name="X")
+        attention.resolve(requested, one(True))
 
 
-def test_sdpa_is_refused_where_it_does_not_fit() -> None:
-    """A class whose scores are altered refuses an explicit sdpa."""
-    with pytest.raises(ValueError, match="X does not support `sdpa`"):
-        attention.resolve("sdpa", supports_sdpa=False, class_name="X")
+@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2"])
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    """A class whose scores are altered refuses what cannot do that, whether installed or not."""
+    with pytest.raises(ValueError, match=f"X does not support `{name}`"):
+        attention.resolve(name, one(False))

@@ -124,6 +124,13 @@ def filled(model: Any) -> Any:
     return model.eval()
 
 
+def inputs(kind: str, *, labels: bool = False) -> dict[str, Any]:
+    """Return inputs of a model of a kind."""
+    ids = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 3, 4]])
+    given: dict[str, Any] = {"input_ids": ids}
+    return given | ({"labels": ids} if labels or kind == "t5" else {})
+
+
 def saved(kind: str, folder: Path, config: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """Let transformers save a model of a kind; return the folder."""
     side(THEIRS).model(kind, **(config or {})).save_pretrained(folder, **options)

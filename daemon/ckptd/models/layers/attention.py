@@ -37,8 +37,10 @@ FLASH_PACKAGES = {
 _KERNEL = re.compile(r"^[^/:@\s]+/[^/:@\s]+(?:@[^/:\s]+)?(?::[^/:\s]+)?$")
 
 
-def resolve(requested: str | None, *, supports_sdpa: bool, class_name: str) -> str:
+def resolve(requested: str | None, model_class: Any) -> str:
     """The implementation to run: None means `sdpa` where the class supports it, else `eager`.
+
+    `model_class` says what it supports by `_supports_sdpa` and `_supports_flash_attn`.
 
     Raises:
         ImportError: a flash implementation whose package is missing; a kernel of the Hub
@@ -47,8 +49,8 @@ def resolve(requested: str | None, *, supports_sdpa: bool, class_name: str) -> s
             a kernel of the Hub although `kernels` is there (ckptd runs no code from the Hub).
     """
     if requested is None:
-        return "sdpa" if supports_sdpa else "eager"
-    name = requested
+        return "sdpa" if model_class._supports_sdpa else "eager"
+    name, class_name = requested, model_class.__name__
     if _KERNEL.match(name):
         if importlib.util.find_spec("kernels") is None:
             raise ImportError(
@@ -61,12 +63,14 @@ def resolve(requested: str | None, *, supports_sdpa: bool, class_name: str) -> s
         raise ValueError(
             f'Specified `attn_implementation="{name}"` is not supported; {class_name} knows {known}'
         )
-    if name != "eager" and not supports_sdpa:
+    flash = name in FLASH_PACKAGES
+    declaration = "_supports_flash_attn" if flash else "_supports_sdpa"
+    if name != "eager" and not getattr(model_class, declaration):
         raise ValueError(
-            f"{class_name} does not support `{name}`, because its attention scores are altered"
-            ' before the softmax; load it with `attn_implementation="eager"`'
+            f"{class_name} does not support `{name}`: its {declaration} is false;"
+            ' load it with `attn_implementation="eager"`'
         )
-    if name in FLASH_PACKAGES and not _is_installed(FLASH_PACKAGES[name]):
+    if flash and not _is_installed(FLASH_PACKAGES[name]):
         package = FLASH_PACKAGES[name].partition(".")[0]
         raise ImportError(
             f"attn_implementation={name!r} needs the package `{package}`, which is not installed;"
@@ -92,9 +96,7 @@ def choose(model: Any, wanted: str | dict[str, str]) -> None:
             _log.warning("%s has no part %r: its attention is not set", type(model).__name__, part)
             continue
         user = next((one for one in models if one.config is parts[part]), model)
-        resolved[part] = resolve(
-            name, supports_sdpa=user._supports_sdpa, class_name=type(user).__name__
-        )
+        resolved[part] = resolve(name, type(user))
     for part, name in resolved.items():
         parts[part]._attn_implementation = {"": name}
     for inner in models:

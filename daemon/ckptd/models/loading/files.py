@@ -23,7 +23,13 @@ from ckptd.checkpoint import checkpoint, header, index, weights
 from ckptd.checkpoint.header import FileStamp, StoredTensor
 from ckptd.checkpoint.listing import list_files
 from ckptd.checkpoint.weights import WeightFiles
-from ckptd.errors import CheckFailed, CheckpointRefused, CheckpointVanished, SourceChanged
+from ckptd.errors import (
+    CheckFailed,
+    CheckpointIncomplete,
+    CheckpointRefused,
+    CheckpointVanished,
+    SourceChanged,
+)
 from ckptd.models.config import config_source
 from ckptd.models.config.config_source import Source
 
@@ -129,6 +135,8 @@ def documented_errors() -> Iterator[None]:
         yield
     except CheckFailed as error:
         raise ValueError(str(error)) from error
+    except CheckpointIncomplete as error:
+        raise FileNotFoundError(str(error)) from error
     except (CheckpointRefused, CheckpointVanished, SourceChanged) as error:
         raise OSError(str(error)) from error
 

@@ -157,6 +157,7 @@ def place(model: PreTrainedModel, placement: Placement) -> LoadingInfo:
     _renew_missing(model, slots, info, placement.device, kept_in_fp32)
     _move_buffers(model, placement.device)
     model.mark_tied_weights_as_initialized(info)
+    _unmark_shared(model, slots, info)
     with _NoValues():
         model.initialize_weights()
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
@@ -270,6 +271,14 @@ def _renew_missing(
         slot = slots[name]
         if slot.is_parameter and slot.tensor.is_meta:
             slot.renew(_empty(name, slot, device, kept_in_fp32).zero_(), loaded=False)
+
+
+def _unmark_shared(model: PreTrainedModel, slots: Mapping[str, _Slot], info: LoadingInfo) -> None:
+    """Let a tensor that is target and source of a tie at once, and missing, get initial values."""
+    for target, source in model.all_tied_weights_keys.items():
+        tensor = slots[source].tensor
+        if tensor is slots[target].tensor and {target, source} <= info.missing_keys:
+            tensor._is_hf_initialized = False  # type: ignore[attr-defined]
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -47,6 +47,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
         "attentions": Attention,
     }
     _supports_sdpa = True
+    _supports_flash_attn = True
     _layer_class: ClassVar[type[DecoderLayer]] = DecoderLayer
     """Named after the architecture, because device maps speak of layers by class name."""
 

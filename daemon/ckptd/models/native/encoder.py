@@ -305,6 +305,7 @@ class EncoderPreTrainedModel(PreTrainedModel):
         "cross_attentions": SelfAttention,
     }
     _supports_sdpa = True
+    _supports_flash_attn = True
     _input_embed_layer = "word_embeddings"
 
     def _init_weights(self, module: nn.Module) -> None:

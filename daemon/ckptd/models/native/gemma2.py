@@ -67,6 +67,7 @@ class Gemma2PreTrainedModel(DecoderPreTrainedModel):
     _no_split_modules: ClassVar[list[str] | None] = ["Gemma2DecoderLayer"]
     _layer_class = Gemma2DecoderLayer
     _supports_sdpa: ClassVar[bool] = False
+    _supports_flash_attn: ClassVar[bool] = False
 
     @classmethod
     def traits(cls, config: Any) -> Traits:

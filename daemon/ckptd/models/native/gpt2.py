@@ -78,6 +78,7 @@ class GPT2PreTrainedModel(PreTrainedModel):
         "cross_attentions": GPT2Attention,
     }
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["GPT2Block"]  # noqa: RUF012 - ClassVar in the base
     _keys_to_ignore_on_load_unexpected = ["attn.bias", "crossattention.bias"]  # noqa: RUF012
     _input_embed_layer = "wte"

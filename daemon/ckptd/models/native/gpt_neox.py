@@ -76,6 +76,7 @@ class GPTNeoXPreTrainedModel(PreTrainedModel):
         "attentions": GPTNeoXAttention,
     }
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["GPTNeoXLayer"]  # noqa: RUF012 - ClassVar in the base
     _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012 - ClassVar in the base
         r"attention.bias",

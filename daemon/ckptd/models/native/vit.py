@@ -198,6 +198,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         "attentions": ViTAttention,
     }
     _supports_sdpa = True
+    _supports_flash_attn = True
     _no_split_modules = ["ViTEmbeddings", "ViTLayer"]  # noqa: RUF012 - ClassVar in the base
     _input_embed_layer = "patch_embeddings"
 
