@@ -167,10 +167,8 @@ class Evaluator:
         sizes = [expression.numel(cast.value) for cast in block.joined]
         if sizes and isinstance(block.value, Cast):
             source = self._value(block.value.source, loaded, block.tensor)
-            parts = zip(
-                block.joined, torch.split(out, sizes), torch.split(source, sizes), strict=True
-            )
-            for cast, own, part in parts:
+            halves = (torch.split(out, sizes), torch.split(source, sizes))
+            for cast, own, part in zip(block.joined, *halves, strict=True):
                 _cast_into(own, part.to(own.device), block.value.dtype, cast.tensor)
 
     def _put(

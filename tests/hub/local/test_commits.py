@@ -14,6 +14,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from ckptd.hub.local import store
+
 
 def files(api: HfApi, repo: str, revision: str = "main") -> set[str]:
     return set(api.list_repo_files(repo, revision=revision)) - {".gitattributes"}
@@ -39,6 +41,19 @@ def test_a_commit_holds_regular_and_lfs_files(api: HfApi, repo: str, add):
     assert tree["a"].path == "a"
     assert (top.commit_id, top.title, top.message) == (made.oid, "title", "body")
     assert top.authors == ["ckptd"]
+
+
+def test_a_long_history_is_told_whole(api: HfApi, repo: str, add):
+    """More commits than are kept in memory and than fit a page, newest first; a new repo has none."""
+    titles = [str(number) for number in range(store.CACHED_COMMITS + 10)]
+    for title in titles:
+        api.create_commit(repo, [add("a.json", title.encode())], commit_message=title)
+    for _ in range(2):
+        listed = api.list_repo_commits(repo)
+        assert [commit.title for commit in listed] == [*reversed(titles), "initial commit"]
+    api.delete_repo(repo)
+    api.create_repo(repo)
+    assert [commit.title for commit in api.list_repo_commits(repo)] == ["initial commit"]
 
 
 def test_a_stale_parent_is_refused_and_changes_nothing(api: HfApi, repo: str, add):

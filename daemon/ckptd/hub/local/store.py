@@ -22,7 +22,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -56,6 +56,8 @@ class Store:
         self._names = threading.RLock()
         """Held to add, remove or move a repo."""
         self._commits: OrderedDict[tuple[RepoId, str], Commit] = OrderedDict()
+        self._parents: dict[tuple[RepoId, str], str | None] = {}
+        """Of commits that were read: a history is told without reading each of them again."""
         self._lock = -1
         try:
             _make_root(self.root)
@@ -201,9 +203,20 @@ class Store:
         except FileNotFoundError:
             raise refusal.no_revision(oid) from None
         self._commits[key] = commit = _COMMIT.validate_json(text)
+        self._parents[key] = commit.parent
         while len(self._commits) > CACHED_COMMITS:
             self._commits.popitem(last=False)
         return commit
+
+    def past(self, repo_id: RepoId, oid: str) -> list[str]:
+        """Return the oids of a commit and of what came before it, newest first."""
+        found: list[str] = []
+        older: str | None = oid
+        while older is not None:
+            found.append(older)
+            key = (repo_id, older)
+            older = self._parents[key] if key in self._parents else self.commit(*key).parent
+        return found
 
     def oids(self, repo_id: RepoId, prefix: str) -> list[str]:
         """Return the commits whose oid begins with the hexadecimal `prefix`."""
@@ -232,8 +245,10 @@ class Store:
         return self.root / "repos" / repo_id.kind / repo_id.namespace / repo_id.name
 
     def _forget(self, repo_id: RepoId) -> None:
-        for key in [key for key in list(self._commits) if key[0] == repo_id]:
-            self._commits.pop(key, None)
+        known: tuple[dict[tuple[RepoId, str], Any], ...] = (self._commits, self._parents)
+        for cache in known:
+            for key in [key for key in list(cache) if key[0] == repo_id]:
+                cache.pop(key, None)
 
     def _turn(self, repo_id: RepoId) -> threading.RLock:
         with self._names:

@@ -12,7 +12,6 @@ from starlette.routing import Route
 from ckptd.hub.local import commits, history, names, refusal
 from ckptd.hub.local.options import Hub
 from ckptd.hub.local.routes.repos import REPO
-from ckptd.hub.local.store import ancestors
 from ckptd.hub.local.values import MAIN, Repo, Tag
 from ckptd.hub.local.wire import Call, route
 
@@ -54,9 +53,11 @@ def commit_list(call: Call) -> Response:
     start = call.commit(call.repo())
     page = int(call.query.get("p", "0")) if call.query.get("p", "0").isdecimal() else 0
     size = call.hub.choices.commits_page
-    every = list(ancestors(call.hub.store, call.repo_id(), start.oid))
+    every = call.hub.store.past(call.repo_id(), start.oid)
+    first = page * size
+    shown = (call.hub.store.commit(call.repo_id(), oid) for oid in every[first : first + size])
     headers = {"X-Total-Count": str(len(every))}
-    if (page + 1) * size < len(every):
+    if first + size < len(every):
         headers["Link"] = f'<{call.base_url}{call.url_path}?p={page + 1}>; rel="next"'
     answer = [
         {
@@ -66,7 +67,7 @@ def commit_list(call: Call) -> Response:
             "authors": [{"user": commit.author, "avatar": ""}],
             "date": commit.date,
         }
-        for commit in every[page * size : (page + 1) * size]
+        for commit in shown
     ]
     return JSONResponse(answer, headers=headers)
 
