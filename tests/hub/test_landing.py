@@ -46,6 +46,22 @@ async def test_our_commit_is_found_below_a_storm_of_others(node: Node) -> None:
     assert node.titles().count(TITLE) == 1
 
 
+async def test_a_history_is_read_once(node: Node, wire: Wire) -> None:
+    """A push looks at what is new since the last one, and finds an older one all the same."""
+    first = await node.push(node.files("a"), push_id="a")
+    storm(node, MANY)
+    await node.push(node.files("b"), push_id="b")
+    wire.seen.clear()
+    await node.push(node.files("c"), push_id="c")
+    assert wire.count("GET", "/commits/") == 1
+    again = await node.push(node.files("a"), push_id="a")
+    assert (again.commit, again.created) == (first.commit, False)
+    node.api.super_squash_history(REPO)
+    last = await node.push(node.files("d"), push_id="d")
+    assert last.created
+    assert node.titles().count(TITLE) == 1
+
+
 async def test_a_storm_of_others_during_the_push_keeps_their_weights(node: Node) -> None:
     """Among hundreds of commits during our uploads one has weights: they stay, old ones go."""
     node.api.create_repo(REPO)

@@ -12,7 +12,7 @@ What others commit while the push runs stays, weights included: only those that 
 and those of ckptd's own pushes, are stale.
 
 An earlier life's commit is looked for down to the first commit of the ref, however many others came
-on top of it: that costs a request for each page of the list, once a push.
+on top of it: that costs a request for each page of the list, the first time in a process (`histories`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ckptd import errors
 from ckptd.hub import attempts, ledger, push, translate
 from ckptd.hub.client import HubClient
 from ckptd.hub.facts import Commit
+from ckptd.hub.histories import OF_THIS_PROCESS, Histories
 
 MOST_COMPARED = 50
 """Trees that are compared to tell whose weights are whose; of more, all that is new is kept."""
@@ -72,15 +73,26 @@ class Lander:
     attempts: attempts.Attempts
     since: str | None = None
     """The head when the push began; None where that does not matter."""
+    histories: Histories = OF_THIS_PROCESS
 
     async def find(self, revision: str, *, parent: str | None = None) -> str | None:
         """Return the commit on `revision` that carries our push id, looking no further than `parent`."""
+        place = (self.hub.endpoint, self.target.repo_id)
+        known = self.histories.top(*place, without=self.push_id)
+        passed: list[Commit] = []
         async with contextlib.aclosing(self._history(revision)) as history:
             async for commit in history:
                 if commit.oid == parent:
                     return None
+                if commit.oid == known:
+                    break
                 if push.carries(commit.text, self.push_id):
                     return commit.oid
+                passed.append(commit)
+            else:
+                known = None
+        if not revision.startswith("refs/"):  # a pull request ends, and is short
+            self.histories.keep(*place, passed, top=known)
         return None
 
     async def base(

@@ -16,7 +16,7 @@ from ckptd import errors
 from ckptd.hub import card
 
 MAIN = "main"
-PUSH_ID_KEY = "ckptd-push-id"
+_LINE_START = "ckptd-push-id: "
 LONGEST_TITLE_CHARS = 200
 """The Hub takes pull request titles of 3 to 200 characters; commits get the same bound."""
 LONGEST_DESCRIPTION_CHARS = 60_000
@@ -162,18 +162,23 @@ def push_id(*, content_digest: str, pipeline_digest: str, target: str) -> str:
 
 def push_id_line(push_id: str) -> str:
     """Return the line that marks a commit or a pull request as made by this push."""
-    return f"{PUSH_ID_KEY}: {push_id}"
+    return f"{_LINE_START}{push_id}"
+
+
+def carried(text: str) -> list[str]:
+    """Return the push ids that `text` has whole lines of."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line.removeprefix(_LINE_START) for line in lines if line.startswith(_LINE_START)]
 
 
 def carries(text: str, push_id: str) -> bool:
     """Say whether `text` has the whole line of this push id (an id that begins alike is not it)."""
-    wanted = push_id_line(push_id)
-    return any(line.strip() == wanted for line in text.splitlines())
+    return push_id in carried(text)
 
 
 def is_ours(text: str) -> bool:
     """Say whether `text` has the line of any push id: ckptd made it, whichever job it was."""
-    return any(line.startswith(f"{PUSH_ID_KEY}: ") for line in text.splitlines())
+    return bool(carried(text))
 
 
 def title(target: Target) -> str:

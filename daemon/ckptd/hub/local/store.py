@@ -11,6 +11,7 @@ get immutable values without waiting; writers of one repo take turns. Synchronou
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import hashlib
@@ -22,7 +23,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -32,7 +33,7 @@ from ckptd.hub.local.blobs import Blobs, sync_folder, write_durably
 from ckptd.hub.local.names import RepoId
 from ckptd.hub.local.values import KINDS, MAIN, Commit, File, Repo, git_oid
 
-CACHED_COMMITS = 64
+CACHED_COMMITS = 256
 
 _REPO = TypeAdapter(Repo)
 _COMMIT = TypeAdapter(Commit)
@@ -56,7 +57,7 @@ class Store:
         self._names = threading.RLock()
         """Held to add, remove or move a repo."""
         self._commits: OrderedDict[tuple[RepoId, str], Commit] = OrderedDict()
-        self._parents: dict[tuple[RepoId, str], str | None] = {}
+        self._parents: dict[RepoId, dict[str, str | None]] = {}
         """Of commits that were read: a history is told without reading each of them again."""
         self._lock = -1
         try:
@@ -197,25 +198,27 @@ class Store:
         key = (repo_id, oid)
         cached = self._commits.get(key)
         if cached is not None:
+            with contextlib.suppress(KeyError):  # another thread may just have dropped it
+                self._commits.move_to_end(key)
             return cached
         try:
             text = (self._folder(repo_id) / "commits" / f"{oid}.json").read_bytes()
         except FileNotFoundError:
             raise refusal.no_revision(oid) from None
         self._commits[key] = commit = _COMMIT.validate_json(text)
-        self._parents[key] = commit.parent
+        self._parents.setdefault(repo_id, {})[oid] = commit.parent
         while len(self._commits) > CACHED_COMMITS:
             self._commits.popitem(last=False)
         return commit
 
     def past(self, repo_id: RepoId, oid: str) -> list[str]:
         """Return the oids of a commit and of what came before it, newest first."""
+        known = self._parents.setdefault(repo_id, {})
         found: list[str] = []
         older: str | None = oid
         while older is not None:
             found.append(older)
-            key = (repo_id, older)
-            older = self._parents[key] if key in self._parents else self.commit(*key).parent
+            older = known[older] if older in known else self.commit(repo_id, older).parent
         return found
 
     def oids(self, repo_id: RepoId, prefix: str) -> list[str]:
@@ -245,10 +248,9 @@ class Store:
         return self.root / "repos" / repo_id.kind / repo_id.namespace / repo_id.name
 
     def _forget(self, repo_id: RepoId) -> None:
-        known: tuple[dict[tuple[RepoId, str], Any], ...] = (self._commits, self._parents)
-        for cache in known:
-            for key in [key for key in list(cache) if key[0] == repo_id]:
-                cache.pop(key, None)
+        self._parents.pop(repo_id, None)
+        for key in [key for key in list(self._commits) if key[0] == repo_id]:
+            self._commits.pop(key, None)
 
     def _turn(self, repo_id: RepoId) -> threading.RLock:
         with self._names:
