@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -141,3 +143,40 @@ def _found_again(folder: Path, group: Group) -> Group | None:
         return next(one for one in found.groups if one.name == group.name)
     assert any(one in said for one in (*group.consumed, group.name))
     return None
+
+
+_WIDTHS = ("bits", "num_bits", "nbits", "w_bit", "wbits")
+
+
+def _other_widths(config: Any) -> Iterator[None]:
+    """Give every bit width anywhere in a config another value, one after the other."""
+    children = config.values() if isinstance(config, dict) else config
+    for child in children:
+        if isinstance(child, dict | list):
+            yield from _other_widths(child)
+    if isinstance(config, dict):
+        for key in [key for key in _WIDTHS if type(config.get(key)) is int]:
+            said = config[key]
+            for width in (1, 2, 3, 4, 5, 6, 7, 8, 16, 0, -4, 10**9):
+                if width != said and {width, said} != {7, 8}:  # both are four to a word of 32 bits
+                    config[key] = width
+                    yield
+            config[key] = said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_bit_width_never_gives_other_values(case: str, tmp_path: Path) -> None:
+    """A width in the config that contradicts the tensors is refused, or was never needed."""
+    folder = _damaged(case, tmp_path / "source", lambda _: None)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    wanted = decoding.decoded(folder)
+    for _ in _other_widths(config):
+        path.write_text(json.dumps(config))
+        try:
+            found = decoding.decoded(folder)
+        except errors.CheckpointRefused:
+            continue
+        for name in found.keys() & wanted.keys():
+            if found[name].shape == wanted[name].shape:
+                torch.testing.assert_close(found[name], wanted[name], equal_nan=True)
