@@ -100,9 +100,9 @@ def test_the_last_intact_look_is_kept_in_the_pin(make_folder: Any, tmp_path: Pat
     noted = whole.noted(target)
     assert noted is not None
     assert noted.listing.by_name.keys() == listing.by_name.keys()
-    assert pin.missing(target, noted.listing) == ()
+    assert pin.lacking(target, noted.listing) == ()
     (target / "config.json").unlink()
-    assert pin.missing(target, noted.listing) == ("config.json",)
+    assert pin.lacking(target, noted.listing) == ("config.json",)
     (target / whole.NOTE_NAME).write_text("{")
     assert whole.noted(target) is None
 

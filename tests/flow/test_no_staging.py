@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from safetensors.numpy import save_file
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -61,11 +62,12 @@ class Publisher:
         *,
         staging: str = "none",
         repo: str = "run",
+        push: str = "",
         report: Callable[[progress.Report], None] | None = None,
         **changes: Any,
     ) -> Outcome:
         """Publish to `ckptd/<repo>`; a failure is raised as itself, not in a group."""
-        work = self._work(stages, staging, repo, **changes)
+        work = self._work(stages, staging, repo, push, **changes)
         told = report or self.reports.append
         try:
             return anyio.run(functools.partial(job.execute, work, report=told))
@@ -75,10 +77,11 @@ class Publisher:
                 error = error.exceptions[0]
             raise error from None
 
-    def _work(self, stages: str, staging: str, repo: str, **changes: Any) -> job.Work:
+    def _work(self, stages: str, staging: str, repo: str, push: str, **changes: Any) -> job.Work:
         lines = "".join(f"  {line}\n" for line in stages.splitlines())
         wanted = definition.parse_definition(
-            f"pipeline: test\nstages:\n{lines}push:\n  repo_id: ckptd/{repo}\nstaging: {staging}\n",
+            f"pipeline: test\nstages:\n{lines}push:\n  repo_id: ckptd/{repo}\n{push}"
+            f"staging: {staging}\n",
             "test.yaml",
         )
         opened = checkpoint.open_checkpoint(self.source)
@@ -209,6 +212,27 @@ def _watch_work(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     monkeypatch.setattr(os, "open", watching)
     return lambda: opened - {"ledger.jsonl"}
+
+
+def test_a_pull_request_gets_it_too(publisher: Publisher) -> None:
+    """Its weights come from where they lay; main has none of them, and the tag stands on its commit."""
+    outcome = publisher.run(VERBATIM, push="  create_pr: true\n  git_tag: step-7\n")
+    api = HfApi(endpoint=publisher.hub.url, token=publisher.hub.token)
+    assert outcome.pr_num is not None
+    proposed = api.list_repo_files("ckptd/run", revision=f"refs/pr/{outcome.pr_num}")
+    shards = [name for name in proposed if name.endswith(".safetensors")]
+    assert len(shards) == outcome.num_shards
+    assert not set(shards) & set(api.list_repo_files("ckptd/run"))
+    assert [tag.target_commit for tag in api.list_repo_refs("ckptd/run").tags] == [outcome.commit]
+    assert outcome.written_bytes == 0
+
+
+def test_an_upload_limit_holds(publisher: Publisher) -> None:
+    """Bytes that lie nowhere leave no faster than others: the read waits for the link."""
+    nbytes = sum(path.stat().st_size for path in publisher.source.glob("*.safetensors"))
+    began = time.monotonic()
+    publisher.run(VERBATIM, upload_limit=nbytes)
+    assert time.monotonic() - began > 0.5  # a second, less what may leave at once
 
 
 def test_a_part_that_fails_is_read_again(publisher: Publisher) -> None:

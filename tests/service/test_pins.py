@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+
+import pytest
 
 from ckptd.checkpoint import listing
 from ckptd.checkpoint.open_files import OpenFiles
+from ckptd.errors import CheckpointVanished
 from ckptd.service.pins import Pins
 from ckptd.watch import scan
 
@@ -24,15 +28,59 @@ def _live_and_die(pins: Pins, root: Path, step: int) -> None:
         pins.release(live_path)
 
 
-def test_what_is_done_with_leaves_nothing_in_memory(tmp_path: Path) -> None:
-    """However many checkpoints there were, nothing is kept of those that were taken or let go."""
-    pins = Pins(
+@pytest.fixture
+def pins(tmp_path: Path) -> Pins:
+    """The pins of a definition that watches `runs/*/checkpoint-*`."""
+    return Pins(
         owner="me",
         pipeline="p",
         place=scan.parse(f"{tmp_path}/runs/*/checkpoint-*"),
         state_path=tmp_path / "state",
         held=OpenFiles(),
     )
+
+
+def _made(root: Path, content: bytes) -> Path:
+    source = root / "run" / "checkpoint-7"
+    source.mkdir(parents=True)
+    for name in ("model.safetensors", "config.json"):
+        (source / name).write_bytes(content)
+    return source
+
+
+def test_a_folder_made_anew_never_gets_into_the_pin_of_the_one_before(
+    pins: Pins, tmp_path: Path
+) -> None:
+    """Its inode number is used again at once, and its names and sizes are the same."""
+    root = tmp_path / "runs"
+    source = _made(root, b"first")
+    live_path = pins.live_path(source, root)
+    assert live_path is not None
+    pins.refresh_early(live_path, source)
+    shutil.rmtree(source)
+    assert pins.live_path(source, root) is None
+    _made(root, b"again")
+    assert pins.live_path(source, root) != live_path
+    with pytest.raises(CheckpointVanished):
+        pins.refresh_early(live_path, source)
+    assert pins.last_intact(live_path) is not None
+    assert (live_path / "model.safetensors").read_bytes() == b"first"
+
+
+def test_a_pin_that_holds_something_else_is_not_what_was_seen(pins: Pins, tmp_path: Path) -> None:
+    """A file of the pin that is not the one of the last intact look: never a mixture."""
+    root = tmp_path / "runs"
+    source = _made(root, b"first")
+    live_path = pins.live_path(source, root)
+    assert live_path is not None
+    pins.refresh_early(live_path, source)
+    (source / "model.safetensors").write_bytes(b"rewritten in place")
+    shutil.rmtree(source)
+    assert pins.last_intact(live_path) is None
+
+
+def test_what_is_done_with_leaves_nothing_in_memory(pins: Pins, tmp_path: Path) -> None:
+    """However many checkpoints there were, nothing is kept of those that were taken or let go."""
 
     def kept() -> int:
         return sum(len(value) for value in vars(pins).values() if isinstance(value, (dict, set)))

@@ -190,11 +190,11 @@ def prune(pin_path: Path, listing: Listing) -> None:
             path.unlink(missing_ok=True)
 
 
-def missing(pin_path: Path, listing: Listing) -> tuple[str, ...]:
-    """Return the files of `listing` that are worth pinning and are not in the pin."""
+def lacking(pin_path: Path, listing: Listing) -> tuple[str, ...]:
+    """Return the files of `listing` that are worth pinning and are not, or not so, in the pin."""
     family = layouts.family_of(listing.path.name, listing)
-    names = (file.relpath for file in listing.files if wanted(file.relpath, family))
-    return tuple(name for name in names if not (pin_path / name).is_file())
+    files = (file for file in listing.files if wanted(file.relpath, family))
+    return tuple(file.relpath for file in files if not _is_pinned(pin_path / file.relpath, file))
 
 
 def release(pin_path: Path) -> None:
@@ -286,13 +286,21 @@ def _is_weights(relpath: str, family: Family | None) -> bool:
 
 
 def _is_current(target: Path, file: ListedFile, method: PinMethod) -> bool:
+    if method is PinMethod.HARD_LINK:
+        with contextlib.suppress(OSError):
+            stat = target.lstat()
+            if (stat.st_dev, stat.st_ino) == (file.dev, file.ino):
+                return True
+    return _is_pinned(target, file)
+
+
+def _is_pinned(target: Path, file: ListedFile) -> bool:
+    """Whether the pinned file is the one that was listed, by its size and time."""
     try:
         stat = target.lstat()
     except OSError:
         return False
-    if method is PinMethod.HARD_LINK and (stat.st_dev, stat.st_ino) == (file.dev, file.ino):
-        return True
-    return stat.st_size == file.size and stat.st_mtime_ns == file.mtime_ns
+    return (stat.st_size, stat.st_mtime_ns) == (file.size, file.mtime_ns)
 
 
 def _pin_run_files(run: Path, pin_path: Path) -> None:

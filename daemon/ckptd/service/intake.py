@@ -31,7 +31,7 @@ from ckptd.service.admission import QueueRoom
 from ckptd.service.earlier import Earlier
 from ckptd.service.identify import KnownBases
 from ckptd.service.judging import Candidate, Judgement, Lost
-from ckptd.service.pins import Pins
+from ckptd.service.pins import AGAIN, Pins
 from ckptd.service.sightings import DECIDED, Sightings
 from ckptd.service.taking import Accepted, Taker
 from ckptd.watch.watcher import Changed, Seen, Settled, Vanished, Watcher, WatchEvent
@@ -42,8 +42,6 @@ ABANDON_S = 3600.0
 """An incomplete checkpoint that nobody writes for this long is given up, until it changes."""
 _REJUDGE_S = 15.0
 """How often a quiet but incomplete checkpoint is judged again."""
-_AGAIN = "+"
-"""What the live pin of a folder gets behind its name while one before it is still judged."""
 _GATHER_S = 0.1
 """How long checkpoints that settled at the same time are gathered, so that the newest goes first."""
 
@@ -153,12 +151,12 @@ class Intake:
         pin_path = await to_thread.run_sync(self._pins.live_path, path, event.candidate.root_path)
         if pin_path is None:
             return None
-        if known is not None and known.pin_path.name.rstrip(_AGAIN) == pin_path.name:
+        if known is not None and known.pin_path.name.rstrip(AGAIN) == pin_path.name:
             pin_path = known.pin_path
         elif known is not None:  # deleted and made anew between two looks
             await self._part(known, due)
         while known is None and pin_path in self._parting:  # inode numbers are used again
-            pin_path = pin_path.with_name(pin_path.name + _AGAIN)
+            pin_path = pin_path.with_name(pin_path.name + AGAIN)
         if known is None:
             self._log.info("checkpoint seen", checkpoint=str(path))
         candidate = Candidate(path=path, seen=seen, pin_path=pin_path, quiet_since=time.monotonic())

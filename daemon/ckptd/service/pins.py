@@ -20,16 +20,19 @@ from pathlib import Path
 
 import structlog
 
-from ckptd.checkpoint import origin, pin, whole
+from ckptd.checkpoint import birth, origin, pin, whole
 from ckptd.checkpoint.listing import Listing
 from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.checkpoint.pin import PinMethod
 from ckptd.checkpoint.whole import Look, Noted
-from ckptd.errors import StorageFailed
+from ckptd.errors import CheckpointVanished, StorageFailed
 from ckptd.service import pinned
 from ckptd.watch.scan import Place
 
 log = structlog.get_logger()
+
+AGAIN = "+"
+"""What the live pin of a folder gets behind its name while one before it is still judged."""
 
 
 @dataclass(slots=True)
@@ -67,12 +70,8 @@ class Pins:
         A folder that was deleted and made anew is another one.
         """
         base, _ = self._base(root_path)
-        try:
-            ino = source.stat().st_ino
-        except OSError:
-            return None
-        key = f"{self._owner}\0{self._pipeline}\0{source}\0{ino}".encode()
-        return base / "live" / hashlib.sha256(key).hexdigest()[:16]
+        name = self._live_name(source)
+        return None if name is None else base / "live" / name
 
     def frozen_path(self, live_path: Path, job_id: str) -> Path:
         """Return where the pin of a job is, on the same mount as its live one.
@@ -96,6 +95,8 @@ class Pins:
             return False  # nothing is free: it waits for quiet
         with self._alone(live_path):
             found = whole.look(source)
+            if self._live_name(source) != live_path.name.rstrip(AGAIN):
+                raise CheckpointVanished(path=source)  # made anew since: another folder
             report = self._refresh(live_path, found.listing, method, early=True)
             is_whole = not report.vanished and not report.left and whole.confirm(found)
             certain = is_whole and (found.certain or self._has_stood(live_path, found))
@@ -129,7 +130,7 @@ class Pins:
         with self._alone(live_path):
             pin.materialize(live_path, self._held)
             noted = whole.noted(live_path)
-            if noted is None or pin.missing(live_path, noted.listing):
+            if noted is None or pin.lacking(live_path, noted.listing):
                 return None
             pin.prune(live_path, noted.listing)
             return noted
@@ -163,6 +164,15 @@ class Pins:
                 if source.match(pattern) and not pinned.exists(source):
                     found.append((source, live_path))
         return found
+
+    def _live_name(self, source: Path) -> str | None:
+        """Return the name of the live pin of the folder that is at `source` now, if there is one."""
+        try:
+            identity = birth.identity(source)
+        except OSError:
+            return None
+        key = f"{self._owner}\0{self._pipeline}\0{source}\0{identity}".encode()
+        return hashlib.sha256(key).hexdigest()[:16]
 
     @contextlib.contextmanager
     def _alone(self, live_path: Path) -> Iterator[None]:
