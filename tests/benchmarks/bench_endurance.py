@@ -111,8 +111,9 @@ def endure(node: Deployment, *, total: int, keep: int, num_runs: int) -> list[Lo
         folder = node.runs / f"run-{number % num_runs}" / f"checkpoint-{number}"
         write_checkpoint(folder, number, rows=ROWS)
         folders.append(folder)
-        # The first must be published before more come: the daemon may still be starting.
-        node.wait_for(lambda count=number: published(node) >= max(count - AHEAD, min(count, 1)))
+        # Fewer at the beginning: sixteen at once would be written and deleted in one moment.
+        ahead = min(AHEAD, number // keep)
+        node.wait_for(lambda wanted=number - ahead: published(node) >= wanted)
         if len(folders) > keep:
             shutil.rmtree(folders.popleft())
         if number % every == 0:

@@ -95,6 +95,8 @@ class Runner:
         It happens while nobody waits, and costs little: what the first job imported is left out.
         """
         gc.collect()
+        with contextlib.suppress(AttributeError):  # of glibc alone
+            ctypes.CDLL(None).malloc_trim(0)
         if not self._is_settled:
             gc.freeze()
             self._is_settled = True
