@@ -62,12 +62,12 @@ class Publisher:
         *,
         staging: str = "none",
         repo: str = "run",
-        push: str = "",
+        lines: str = "",
         report: Callable[[progress.Report], None] | None = None,
         **changes: Any,
     ) -> Outcome:
         """Publish to `ckptd/<repo>`; a failure is raised as itself, not in a group."""
-        work = self._work(stages, staging, repo, push, **changes)
+        work = self._work(stages, staging, repo, lines, **changes)
         told = report or self.reports.append
         try:
             return anyio.run(functools.partial(job.execute, work, report=told))
@@ -77,10 +77,10 @@ class Publisher:
                 error = error.exceptions[0]
             raise error from None
 
-    def _work(self, stages: str, staging: str, repo: str, push: str, **changes: Any) -> job.Work:
+    def _work(self, stages: str, staging: str, repo: str, more: str, **changes: Any) -> job.Work:
         lines = "".join(f"  {line}\n" for line in stages.splitlines())
         wanted = definition.parse_definition(
-            f"pipeline: test\nstages:\n{lines}push:\n  repo_id: ckptd/{repo}\n{push}"
+            f"pipeline: test\nstages:\n{lines}push:\n  repo_id: ckptd/{repo}\n{more}"
             f"staging: {staging}\n",
             "test.yaml",
         )
@@ -216,7 +216,7 @@ def _watch_work(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 def test_a_pull_request_gets_it_too(publisher: Publisher) -> None:
     """Its weights come from where they lay; main has none of them, and the tag stands on its commit."""
-    outcome = publisher.run(VERBATIM, push="  create_pr: true\n  git_tag: step-7\n")
+    outcome = publisher.run(VERBATIM, lines="  create_pr: true\n  git_tag: step-7\n")
     api = HfApi(endpoint=publisher.hub.url, token=publisher.hub.token)
     assert outcome.pr_num is not None
     proposed = api.list_repo_files("ckptd/run", revision=f"refs/pr/{outcome.pr_num}")
