@@ -24,10 +24,14 @@ os.environ.update(
 for _name in ("HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
+import hypothesis
 import pytest
 
 from ckptd.hub.local import server
 from ckptd.hub.local.accounts import EVERYWHERE, Account
+
+hypothesis.settings.register_profile("busy machine", deadline=None)
+hypothesis.settings.load_profile("busy machine")
 
 WRITE_TOKEN = "hf_write00000000000000000000000000000"
 READ_TOKEN = "hf_read000000000000000000000000000000"

@@ -124,7 +124,7 @@ _numbers = iter(range(1 << 30))
 
 
 @settings(
-    max_examples=120, deadline=None, derandomize=True, database=None,
+    max_examples=120, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(tree=TREES)

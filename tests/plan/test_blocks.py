@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ckptd.checkpoint.dtypes import Dtype
@@ -128,7 +128,6 @@ ODD = [
 """What torch casts in two ways: NaNs of float16, in whole vectors and behind the last of them."""
 
 
-@settings(deadline=None)
 @example(tensors=ODD, seed=0, block_bytes=8 << 20)
 @given(
     tensors=TENSORS,

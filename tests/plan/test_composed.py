@@ -19,7 +19,7 @@ from ckptd.plan.nodes import Cast, Columns, Concat, Expression, Load, LowRank, T
 from ckptd.plan.plan import Computed, Run
 from ckptd.plan.sources import Sources
 
-SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Files:

@@ -85,7 +85,7 @@ def test_a_weight_is_rounded_once_to_any_dtype(dtype: Dtype, tmp_path: Path) -> 
     assert torch.equal(found, _expected(tensors).to(found.dtype))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows_have_the_values_of_the_whole(data: st.DataObject, tmp_path: Path) -> None:
     """Rows that begin or end within a block of scales are cut out of whole blocks."""

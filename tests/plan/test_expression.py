@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.checkpoint.dtypes import Dtype
@@ -67,7 +67,6 @@ def test_rows_of_sub_byte_elements_must_be_whole_bytes() -> None:
         expression.rows(source, 1, 2)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_rows_of_joined_parts_are_the_parts_rows(data: st.DataObject) -> None:
     """Cutting a concatenation anywhere gives the same bytes as cutting the whole."""

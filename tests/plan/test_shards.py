@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.plan import shards
@@ -19,7 +19,6 @@ def _ours(sizes: list[int], limit: int) -> dict[str, list[str]]:
     return dict(zip(shards.file_names(len(groups)), groups, strict=True))
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), limit=st.integers(1, 60))
 def test_the_division_is_the_clients(sizes: list[int], limit: int) -> None:
     """The same tensors in the same order and limit give the same files as huggingface_hub."""
@@ -30,7 +29,6 @@ def test_the_division_is_the_clients(sizes: list[int], limit: int) -> None:
     assert _ours(sizes, limit) == theirs.filename_to_tensors
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 40), max_size=30), limit=st.integers(1, 60))
 def test_no_file_is_over_the_limit_but_for_one_tensor(sizes: list[int], limit: int) -> None:
     """Every tensor is in one file, in order; only a file of a single tensor may be larger."""
