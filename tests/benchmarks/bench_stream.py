@@ -181,8 +181,9 @@ def measured(row: str, source: Path, out: Path) -> dict[str, Any]:
 
 
 def _settle(nbytes: int) -> None:
-    """Sync the disk, and have the memory that the page cache will need."""
+    """Sync the disk, and have the memory that the page cache will need, half of what is free at most."""
     os.sync()
+    nbytes = min(nbytes, os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE // 2)
     block = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for start in range(0, nbytes, mmap.PAGESIZE):
         block[start] = 1
