@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.checkpoint import listing
+from ckptd.checkpoint import birth, listing
 from ckptd.checkpoint.open_files import OpenFiles
 from ckptd.errors import CheckpointVanished
 from ckptd.service.pins import Pins
@@ -65,6 +65,20 @@ def test_a_folder_made_anew_never_gets_into_the_pin_of_the_one_before(
         pins.refresh_early(live_path, source)
     assert pins.last_intact(live_path) is not None
     assert (live_path / "model.safetensors").read_bytes() == b"first"
+
+
+def test_without_a_time_of_birth_the_inode_number_must_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A C library that has no statx; and what is not there is an error either way."""
+    told = birth.identity(tmp_path)
+    assert told.partition("-")[0] == f"{tmp_path.stat().st_ino}"
+    with pytest.raises(FileNotFoundError):
+        birth.identity(tmp_path / "absent")
+    monkeypatch.setattr(birth, "_libc", object())
+    assert birth.identity(tmp_path) == f"{tmp_path.stat().st_ino}"
+    with pytest.raises(FileNotFoundError):
+        birth.identity(tmp_path / "absent")
 
 
 def test_a_pin_that_holds_something_else_is_not_what_was_seen(pins: Pins, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ _AT_FDCWD = -100
 _STATX_INO = 0x100
 _STATX_BTIME = 0x800
 _MASK = struct.Struct("I")
+_INO = struct.Struct("32x Q")
 _BIRTH = struct.Struct("80x qI")
-"""Of linux/stat.h: where in `struct statx` the time of birth lies."""
+"""Of linux/stat.h: where in `struct statx` each of them lies."""
 _BUFFER_BYTES = 256
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,22 +26,19 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def identity(path: Path) -> str:
     """Return what tells the folder at `path` from any other one that had its name.
 
+    Number and time come from one look, so that they are never of two folders.
+
     Raises:
         OSError: it is not there, or may not be looked at.
     """
-    ino = path.stat().st_ino
-    return f"{ino}-{_born_ns(path)}"
-
-
-def _born_ns(path: Path) -> int:
-    """Return when it was made, in nanoseconds since 1970; 0 where that is not known."""
     buffer = ctypes.create_string_buffer(_BUFFER_BYTES)
     wanted = _STATX_INO | _STATX_BTIME
-    if not hasattr(_libc, "statx"):
-        return 0
-    if _libc.statx(_AT_FDCWD, os.fsencode(path), 0, wanted, buffer) != 0:
-        return 0
-    if not _MASK.unpack_from(buffer)[0] & _STATX_BTIME:
-        return 0
+    is_told = (
+        hasattr(_libc, "statx")
+        and _libc.statx(_AT_FDCWD, os.fsencode(path), 0, wanted, buffer) == 0
+        and _MASK.unpack_from(buffer)[0] & wanted == wanted
+    )
+    if not is_told:
+        return f"{path.stat().st_ino}"
     seconds, nanoseconds = _BIRTH.unpack_from(buffer)
-    return int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return f"{_INO.unpack_from(buffer)[0]}-{seconds}.{nanoseconds:09}"

@@ -121,6 +121,7 @@ class Sender:
 def _require_whole(file: LocalFile) -> None:
     """Raise SourceChanged unless the file on disk is what it is said to be. Reads it."""
     with file.open() as content:
+        # Typed for what can readinto; of our two kinds of file both can, BinaryIO does not say so.
         found = hashlib.file_digest(content, "sha256").hexdigest()  # type: ignore[arg-type]
         nbytes = content.tell()
     if (nbytes, found) != (file.nbytes, file.sha256 or found):

@@ -91,7 +91,7 @@ class _Slot:
         else:
             self.module._buffers[self.leaf] = tensor
         if loaded:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined] # users' rules read it
 
 
 class _NoValues(TorchFunctionMode):
@@ -278,7 +278,7 @@ def _unmark_shared(model: PreTrainedModel, slots: Mapping[str, _Slot], info: Loa
     for target, source in model.all_tied_weights_keys.items():
         tensor = slots[source].tensor
         if tensor is slots[target].tensor and {target, source} <= info.missing_keys:
-            tensor._is_hf_initialized = False  # type: ignore[attr-defined]
+            tensor._is_hf_initialized = False  # type: ignore[attr-defined] # as above
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
